@@ -1,0 +1,1 @@
+"""What `pagedlit bench` runs: measurements against the alternatives, in the same process, on any machine."""

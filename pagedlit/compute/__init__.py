@@ -1,0 +1,1 @@
+"""What happens to the tensors: KV cache, paged attention, sampler, model runner. Needs torch and transformers."""

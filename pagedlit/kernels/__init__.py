@@ -1,0 +1,1 @@
+"""Triton kernels as plain functions on tensors. Needs torch and triton, and nothing else of this package."""
