@@ -55,7 +55,7 @@ class Event:
     block_ids: tuple[int, ...] = ()  # the blocks concerned; for "copied": (source, destination)
     seq_id: int | None = None  # the sequence concerned, where there is one
     num_tokens: int = 0  # tokens scheduled, hit, copied, published or evicted
-    step: int | None = None  # the engine's step, for "scheduled"
+    step: int | None = None  # the step it belongs to, where there is one
 
 # %% ../../nbs/02_allocator.ipynb #53d24c10
 class EventStream:
