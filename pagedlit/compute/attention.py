@@ -165,7 +165,7 @@ def padded_block_tables(
     tables = metadata.block_tables[torch.where(inside, places, 0)] if inside.any() else places.int()
     return tables.masked_fill_(~inside, fill)
 
-# %% ../../nbs/10_attention.ipynb #14d6fa34
+# %% ../../nbs/10_attention.ipynb #ca910501
 class Formula(NamedTuple):
     """How a layer gets from products to weights."""
 
@@ -197,7 +197,7 @@ def attend(
     out, logsumexp = flash(query, key, value, is_causal=is_causal, attn_mask=mask, scale=formula.scale)
     return out * torch.sigmoid(logsumexp - formula.sinks)[..., None].to(out.dtype)
 
-# %% ../../nbs/10_attention.ipynb #7b509582
+# %% ../../nbs/10_attention.ipynb #8d1e52f3
 def attend_unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, formula: Formula) -> Tensor:
     """As `attend`, in float32 or wider; query heads that share a KV head are stacked as rows of one product."""
     wide, num_keys = torch.promote_types(query.dtype, torch.float32), key.shape[2]
@@ -212,7 +212,7 @@ def attend_unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     weights = logits.softmax(dim=-1)[..., :num_keys].reshape(*rows.shape[:3], num_keys)
     return (weights @ value.to(wide)).view(*query.shape[:3], -1).to(query.dtype)
 
-# %% ../../nbs/10_attention.ipynb #ebec4672
+# %% ../../nbs/10_attention.ipynb #61f21659
 TILE_ROWS = 256  # query rows of a chunk that go through attention together
 
 
@@ -244,7 +244,7 @@ def attend_chunk(
         mask = causal_mask(stop - start, seen.stop - seen.start, window, query.dtype)
         out[:, :, start:stop] = attend(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], mask, formula)
 
-# %% ../../nbs/10_attention.ipynb #539d2d6f
+# %% ../../nbs/10_attention.ipynb #83bb0132
 class LayerKind(NamedTuple):
     """What a plan depends on, besides the step. Layers of one kind share their plan."""
 
@@ -274,7 +274,7 @@ class Group:
     mask: Tensor | None = None  # [n, 1, 1, num_keys] additive
     stale: Tensor | None = None  # gathered token rows that nobody wrote, to be cleared
 
-# %% ../../nbs/10_attention.ipynb #8a16c240
+# %% ../../nbs/10_attention.ipynb #49d81f2d
 class Reach(NamedTuple):
     """The part of each sequence that its rows can see; arrays [S] int64."""
 
@@ -294,7 +294,7 @@ class Reach(NamedTuple):
         num_keys = seq_lens - first_key // size * size
         return cls(query_lens, first_key // size, -(-num_keys // size), num_keys, first_key % size)
 
-# %% ../../nbs/10_attention.ipynb #3c3ef99e
+# %% ../../nbs/10_attention.ipynb #b6e7fe34
 def cache_rows(metadata: AttentionMetadata, reach: Reach, seqs: np.ndarray, heads: slice, kind: LayerKind) -> Tensor:
     """Rows of (block, head) for `seqs` [n]: [2, n, heads, blocks] int32, K then V; [1, ..] where they have tensors of their own."""
     begin = (metadata.block_table_start.numpy()[seqs] + reach.first_block[seqs])[:, None]
@@ -304,7 +304,7 @@ def cache_rows(metadata: AttentionMetadata, reach: Reach, seqs: np.ndarray, head
     rows = blocks * np.int32(kind.num_kv_heads) + np.arange(heads.start, heads.stop, dtype=np.int32)[:, None]
     return torch.from_numpy(np.stack([rows * 2, rows * 2 + 1]) if kind.interleaved else rows[None])
 
-# %% ../../nbs/10_attention.ipynb #35f7d24a
+# %% ../../nbs/10_attention.ipynb #4c3fe1b5
 def stale_rows(reach: Reach, seqs: np.ndarray, num_heads: int, block_size: int) -> Tensor | None:
     """Gathered token rows [n] int64, before the group's longest end, that come from slots behind a sequence's end."""
     num_keys, num_blocks = reach.num_keys[seqs, None], reach.num_blocks[seqs, None]
@@ -325,7 +325,7 @@ def group_mask(reach: Reach, seqs: np.ndarray, dtype: torch.dtype) -> Tensor | N
         return None
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)[:, None, None]
 
-# %% ../../nbs/10_attention.ipynb #f093004d
+# %% ../../nbs/10_attention.ipynb #a0f8df80
 WORKSPACE_BYTES = 8 * 2**20  # K and V that are gathered together: well within a processor's last-level cache
 
 
@@ -347,7 +347,7 @@ def head_ranges(num_heads: int, num_blocks: int, max_blocks: int) -> list[slice]
     step = min(num_heads, max(1, num_heads * max_blocks // num_blocks))
     return [slice(h, min(h + step, num_heads)) for h in range(0, num_heads, step)]
 
-# %% ../../nbs/10_attention.ipynb #cd3c5550
+# %% ../../nbs/10_attention.ipynb #823dd21b
 def rows_of(starts: np.ndarray) -> slice | Tensor:
     """One query row for each sequence: a slice where they lie side by side."""
     if starts[-1] - starts[0] == len(starts) - 1:
@@ -383,7 +383,7 @@ def plan_for(metadata: AttentionMetadata, kind: LayerKind) -> list[Group]:
         metadata.plans[kind] = make_plan(metadata, kind)
     return metadata.plans[kind]
 
-# %% ../../nbs/10_attention.ipynb #0f5edd30
+# %% ../../nbs/10_attention.ipynb #2e58a780
 class Workspace(threading.local):
     """One buffer for each dtype (and thread), reused by every group of every layer."""
 
@@ -413,7 +413,7 @@ def gather_group(group: Group, kv_cache: Sequence[Tensor], workspace: Workspace)
             part.view(-1, part.shape[-1]).index_fill_(0, group.stale, 0)
     return key[:, :, : group.num_keys], value[:, :, : group.num_keys]
 
-# %% ../../nbs/10_attention.ipynb #1bf63d8a
+# %% ../../nbs/10_attention.ipynb #8d20992b
 class CPUBackend:
     """Paged attention with torch's CPU kernels: one plan a step, and K and V gathered in groups that stay in the cache."""
 
@@ -452,7 +452,7 @@ class CPUBackend:
                 out[part] = attend(query[part], k, v, group.mask, formula)
         return out.flatten(1, 2)
 
-# %% ../../nbs/10_attention.ipynb #84167244
+# %% ../../nbs/10_attention.ipynb #9e937167
 class AttentionBackend(Protocol):
     """Anything with the signature of `paged_attention_reference`: writes the step's K and V, then attends."""
 
@@ -488,7 +488,7 @@ def get_backend(name: str) -> AttentionBackend:
 register_backend("reference", paged_attention_reference)
 register_backend("cpu", CPUBackend())
 
-# %% ../../nbs/10_attention.ipynb #6d9ea224
+# %% ../../nbs/10_attention.ipynb #c3b59797
 class ForwardContext(NamedTuple):
     """What the op needs to know beyond its arguments."""
 
@@ -526,7 +526,7 @@ def current_context() -> ForwardContext:
         raise RuntimeError("paged_attention was called outside `with forward_context(metadata, backend):`")
     return _stack.contexts[-1]
 
-# %% ../../nbs/10_attention.ipynb #7f2a5bff
+# %% ../../nbs/10_attention.ipynb #5c0de3d2
 def _paged_attention(query, key, value, kv_cache, scale, sliding_window=None, softcap=None, sinks=None):
     metadata, backend = current_context()
     return backend(query, key, value, kv_cache, metadata, scale, sliding_window, softcap, sinks)
@@ -545,7 +545,7 @@ if not hasattr(torch.ops.pagedlit, "paged_attention"):  # once in a process: thi
     _library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
     torch.library.register_fake("pagedlit::paged_attention", _paged_attention_fake, lib=_library)
 
-# %% ../../nbs/10_attention.ipynb #74f8fb5b
+# %% ../../nbs/10_attention.ipynb #2e6440c7
 def paged_attention(
     query: Tensor,  # [T, Hq, Dk]
     key: Tensor,  # [T, Hkv, Dk]: K of the T new tokens
