@@ -745,3 +745,13 @@ def test_prefix_caching_can_be_switched_off():
     for _ in range(2):
         assert llm.generate("What is a slot?" * 5, greedy(2), use_tqdm=False)[0].num_cached_tokens == 0
     assert llm.stats().num_cached_blocks == 0
+
+
+def test_two_engines_over_one_model_do_not_disturb_each_other():
+    model, params = random_llama(), greedy(8)
+    model.generation_config.eos_token_id = None
+    first, second = LLM(model, num_blocks=8, block_size=4), LLM(model, num_blocks=8, block_size=4)
+    want = tokens_of(first.generate([3, 4, 5, 6, 7, 8], params, use_tqdm=False)[0])
+    second.generate([9, 8, 7, 6, 5, 4], params, use_tqdm=False)
+    [again] = first.generate([3, 4, 5, 6, 7, 8], params, use_tqdm=False)
+    assert again.num_cached_tokens > 0 and tokens_of(again) == want
