@@ -10,10 +10,12 @@ exception, aborts them. Text grows by whole characters.
 """
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
@@ -34,9 +36,9 @@ from .tiny import MODEL_PATH
 
 # %% auto #0
 __all__ = ['Prompt', 'PROMPT_FIELDS', 'Params', 'Detokenizer', 'tokenize', 'encode', 'check_token_ids', 'render_chat',
-           'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'Finished', 'MailRoom', 'new_id', 'end',
-           'LLMEngine', 'serve', 'begin_or_reject', 'pair_up', 'PromptServer', 'check_sizes', 'load_model',
-           'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
+           'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'Finished', 'uninterrupted', 'MailRoom',
+           'new_id', 'end', 'LLMEngine', 'serve', 'begin_or_reject', 'pair_up', 'PromptServer', 'check_sizes',
+           'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
 
 # %% ../nbs/14_llm.ipynb #9364a2bd
 class Detokenizer:
@@ -214,7 +216,29 @@ class Finished:
         self.num_generated_tokens += seq.num_output_tokens
         self.num_preemptions += seq.num_preemptions
 
-# %% ../nbs/14_llm.ipynb #9c5784dd
+# %% ../nbs/14_llm.ipynb #3f4ce7bb
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C to the end of the block; the second one goes through. Where Ctrl-C has a handler of its own, do nothing."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        pressed.append(signum)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+# %% ../nbs/14_llm.ipynb #d317dbd5
 class MailRoom:
     """Requests in text over an engine in tokens. Whoever runs a step, each request that moved reports to its own mailbox."""
 
@@ -234,17 +258,19 @@ class MailRoom:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         metrics = RequestMetrics(time.perf_counter())
         text, token_ids = tokenize(prompt, self.tokenizer, self.vocab_size)
-        seq = self.engine.sequences[self.engine.add_request(token_ids, params)]
         request_id = new_id(self) if request_id is None else request_id
-        request = Request(request_id, text, token_ids, seq, Detokenizer(self.tokenizer), mailbox, metrics)
-        self.requests[request_id] = self._by_seq_id[seq.seq_id] = request
+        with uninterrupted():
+            seq = self.engine.sequences[self.engine.add_request(token_ids, params)]
+            request = Request(request_id, text, token_ids, seq, Detokenizer(self.tokenizer), mailbox, metrics)
+            self.requests[request_id] = self._by_seq_id[seq.seq_id] = request
         return request
 
     def advance(self) -> None:
         """Run one batch, and let what moved report; when nothing is left to run, let report what has ended unseen."""
-        for seq_id in [seq.seq_id for seq in self.engine.step()] if self.engine.sequences else list(self._by_seq_id):
-            if request := self._by_seq_id.get(seq_id):  # else somebody has added it to the engine below
-                self.deliver(request)
+        with uninterrupted():
+            for seq_id in [seq.seq_id for seq in self.engine.step()] if self.engine.sequences else list(self._by_seq_id):
+                if request := self._by_seq_id.get(seq_id):  # else somebody has added it to the engine below
+                    self.deliver(request)
 
     def deliver(self, request: Request) -> None:
         """Let a request report, for the last time if it is finished."""
@@ -253,7 +279,7 @@ class MailRoom:
             self.finished.count(request.seq)
             del self.requests[request.request_id], self._by_seq_id[request.seq.seq_id]
 
-# %% ../nbs/14_llm.ipynb #0d9ed315
+# %% ../nbs/14_llm.ipynb #6fe95029
 def new_id(room: MailRoom) -> str:
     """A request id that nobody uses."""
     return next(each for each in map("request-{}".format, room._ids) if each not in room.requests and each not in room.mailbox)
@@ -261,10 +287,11 @@ def new_id(room: MailRoom) -> str:
 
 def end(room: MailRoom, request: Request) -> None:
     """Abort an unfinished request, whatever it is doing, and let it report."""
-    room.engine.abort(request.seq.seq_id)
-    room.deliver(request)
+    with uninterrupted():
+        room.engine.abort(request.seq.seq_id)
+        room.deliver(request)
 
-# %% ../nbs/14_llm.ipynb #f9375ed8
+# %% ../nbs/14_llm.ipynb #fd44b940
 class LLMEngine(MailRoom):
     """Requests in text, driven step by step."""
 
@@ -300,7 +327,7 @@ class LLMEngine(MailRoom):
         """Whether `step` has anything to do or to hand out."""
         return bool(self.requests or self.mailbox)
 
-# %% ../nbs/14_llm.ipynb #65f2ebc0
+# %% ../nbs/14_llm.ipynb #72b5472e
 def serve(
     room: LLMEngine,
     pairs: list[tuple[Any, SamplingParams | None]],  # prompts, and how to continue them
@@ -321,11 +348,10 @@ def serve(
                     pending -= {request} if request.finished else set()
                     yield request
     finally:
-        for request in begun:
-            if room.requests.get(request.request_id) is request:
-                end(room, request)
+        for request in [each for each in room.requests.values() if each.mailbox is mailbox]:
+            end(room, request)
 
-# %% ../nbs/14_llm.ipynb #8df3de94
+# %% ../nbs/14_llm.ipynb #cb5b1c6d
 def begin_or_reject(room: MailRoom, prompt: Any, params: SamplingParams | None, mailbox: dict[str, Request]) -> Request:
     """Put a prompt in line. One that can't be served reports at once: finished, with its error."""
     try:
@@ -351,7 +377,7 @@ def pair_up(prompts: Prompt | Sequence[Prompt], params: Params) -> list[tuple[An
         raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
     return list(zip(prompts, params))
 
-# %% ../nbs/14_llm.ipynb #16adf2f0
+# %% ../nbs/14_llm.ipynb #9e5fea14
 class PromptServer(LLMEngine):
     """All prompts at once, as a stream, or as conversations."""
 
@@ -389,7 +415,7 @@ class PromptServer(LLMEngine):
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.generate([{"messages": each} for each in conversations], sampling_params, use_tqdm)
 
-# %% ../nbs/14_llm.ipynb #884fb236
+# %% ../nbs/14_llm.ipynb #955197d0
 def check_sizes(**sizes: int | None) -> None:
     """Raise `ValueError` for a size that is neither None nor a positive int."""
     for name, size in sizes.items():
@@ -409,7 +435,7 @@ def move_model(model: PreTrainedModel, dtype: str | torch.dtype, device: str | t
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model if device is None else model.to(device)
 
-# %% ../nbs/14_llm.ipynb #8c2b5e9f
+# %% ../nbs/14_llm.ipynb #57b25e6b
 def resolve(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A loaded model and its tokenizer, from names or objects."""
     if not (model is None or isinstance(model, (str, PathLike, PreTrainedModel))):
@@ -430,7 +456,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
         ids = tokenizer.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
-# %% ../nbs/14_llm.ipynb #13230516
+# %% ../nbs/14_llm.ipynb #7c1f5f59
 @dataclass(frozen=True)
 class Stats:
     """What the engine is doing, and what it has done since it started."""
@@ -463,7 +489,7 @@ def stats_of(scheduler: Scheduler, num_copies: int, finished: Finished) -> Stats
         num_copies=num_copies, **vars(finished),
     )
 
-# %% ../nbs/14_llm.ipynb #089d70aa
+# %% ../nbs/14_llm.ipynb #b7d0ca13
 class LLM(PromptServer):
     """A model behind a paged KV cache, a prefix cache and continuous batching."""
 
@@ -487,7 +513,7 @@ class LLM(PromptServer):
     ) -> None:
         check_sizes(block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
-        self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend)
+        self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len)
         cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, enabled=enable_prefix_caching)
         limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
         scheduler = Scheduler(cache, max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer))

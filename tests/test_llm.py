@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pagedlit.llm import LLM, Detokenizer, Finished, PromptServer, eos_token_ids, pair_up, stats_of, tokenize
+from pagedlit.llm import LLM, Detokenizer, Finished, PromptServer, eos_token_ids, pair_up, stats_of, tokenize, uninterrupted
 from pagedlit.serving.engine import ToyRunner, build_engine, toy_reference
 from pagedlit.serving.sequence import InvalidRequest, RequestTooLong, SamplingParams
 from pagedlit.tiny import MODEL_PATH, SYSTEM_PROMPT, questions
@@ -497,6 +499,76 @@ def test_an_exception_in_the_middle_aborts_ones_own_requests_alone(error, fails_
     assert_idle(room)
 
 
+def press_ctrl_c(at_line: int, call) -> bool:
+    """Call, with Ctrl-C pressed at the n-th line that the package executes; whether it came so far."""
+    num_lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal num_lines
+        if "pagedlit" not in frame.f_code.co_filename:
+            return None
+        num_lines += event == "line"
+        if num_lines == at_line:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("first", range(1, 30))
+def test_ctrl_c_at_any_line_aborts_ones_own_requests_alone(first):
+    for at_line in range(first, 10_000, 29 * 7):
+        room = toy_room(num_blocks=24, max_num_batched_tokens=16)
+        mine = room.add_request(C, greedy(12))
+        if not press_ctrl_c(at_line, lambda room=room: room.generate([A, B], greedy(), use_tqdm=False)):
+            break
+        assert set(room.requests) <= {mine}
+        room.engine.check_invariants()
+        assert tokens_of(room.generate(A, greedy(), use_tqdm=False)[0]) == toy_reference(A, 6)
+        outputs = []
+        while room.has_unfinished_requests():
+            outputs += room.step()
+        assert tokens_of(outputs[-1]) == toy_reference(C, 12)
+        assert_idle(room)
+    assert at_line > 500, "the call was over too soon"
+
+
+def test_a_second_ctrl_c_goes_through():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done = "waits"
+        signal.raise_signal(signal.SIGINT)
+        done = "waits for ever"
+    assert done == "waits" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_of_others_is_left_alone():
+    def handler(signum, frame):
+        raise ZeroDivisionError
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(ZeroDivisionError), uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.extend(toy_room().generate(A, greedy(), use_tqdm=False)))
+    thread.start()
+    thread.join()
+    assert tokens_of(outputs[0]) == toy_reference(A, 6), "signals belong to the main thread, serving does not"
+
+
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_an_exception_outside_the_loop_aborts_while_its_traceback_is_alive(how, monkeypatch):
     """A suspended generator that a traceback keeps alive would else clean up when the garbage collector finds it."""
@@ -512,7 +584,7 @@ def test_an_exception_outside_the_loop_aborts_while_its_traceback_is_alive(how, 
     assert caught.tb is not None
 
 
-def test_an_interrupt_between_a_step_and_its_report_hangs_nobody(monkeypatch):
+def test_an_exception_between_a_step_and_its_report_hangs_nobody(monkeypatch):
     room = toy_room()
     mine = room.add_request(A, greedy(1))
 

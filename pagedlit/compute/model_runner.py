@@ -4,27 +4,28 @@
 """Run any transformers causal LM over the paged cache, through the library's attention interface.
 
 Contract: `ModelRunner.run` takes a `ForwardBatch`, applies its block copies, runs the model once over the ragged batch (all T tokens as
-one row, each at its own position) and samples. What each layer needs of the cache is discovered by a dry run, never read from
-the config. A model that would run wrong is refused at load with `UnsupportedModel`, after its logits were held against its own
-forward.
+one row, each at its own position) and samples. What each layer needs of the cache, and which tokens it may see, is taken down in a dry
+run, not read from the config. A model that would run wrong is refused at load with `UnsupportedModel`, which names the cause.
 
-Invariants: logits are computed for sampled tokens only; outside an engine step the model attends as it did before (through SDPA,
-or the plain formula where softcap or sinks ask for it).
+Invariants: logits are computed for sampled tokens only; between steps the model is as its owner left it, with its own attention and
+nothing of the pool attached, so that it may serve several runners and its own `generate`, one at a time.
 """
 from __future__ import annotations
 
 import inspect
 from array import array
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of
+from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit
 from .sampler import read_tokens, sample
 from ..memory.allocator import BlockAllocator
@@ -34,166 +35,207 @@ from ..serving.scheduler import ForwardBatch
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
-__all__ = ['GREEDY', 'PROBE_LENS', 'UnsupportedModel', 'step_mark', 'attention_forward', 'ordinary_attention', 'masked_attention',
-           'use_paged_interface', 'LayerCall', 'LayerRecorder', 'discover_layers', 'config_refusal', 'rope_types',
-           'calls_refusal', 'supported_layers', 'PagedLayer', 'ModelRunner', 'bind', 'step_logits', 'checked_layers',
-           'probe_tokens', 'own_logits', 'paged_logits', 'add_chunk', 'compare']
+__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'SMALL', 'UnsupportedModel', 'attention_forward', 'Detour', 'LayerCall',
+           'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
+           'constant_rope_len', 'check_calls', 'PagedLayer', 'ModelRunner', 'paged_layers', 'step_logits',
+           'probe_tokens', 'paged_logits', 'own_logits', 'relative_error', 'check_logits', 'in_float32', 'layers_of',
+           'checked_layers']
 
-# %% ../../nbs/13_model_runner.ipynb #da6ca734
-GREEDY = SamplingParams(temperature=0.0)
-
-
+# %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
     """The model would not run right over a paged cache; the message says why."""
 
 
-def step_mark(device: torch.device) -> Tensor:
-    """The attention mask of an engine step: empty, so that no model builds one, and unlike any real mask."""
-    return torch.ones(1, 1, 1, 0, dtype=torch.bool, device=device)
-
-
 def attention_forward(
-    module: nn.Module,
-    query: Tensor,  # [N, Hq, T, Dk], positions and norms applied
-    key: Tensor,  # [N, Hkv, T, Dk]
-    value: Tensor,  # [N, Hkv, T, Dv]
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:  # [N, T, Hq, Dv]
-    """What transformers calls in place of its own attention, for every layer."""
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What transformers calls in the place of its own attention: query [1, Hq, T, Dk], key and value [1, Hkv, T, D] -> [1, T, Hq, Dv]."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.shape[-1] == 0:
-        return module.paged_layer(module, query, key, value, scaling, **kwargs), None
-    return ordinary_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
+    layer: Any = module.paged_layer
+    return layer(module, query, key, value, attention_mask, scaling, **kwargs), None
 
-# %% ../../nbs/13_model_runner.ipynb #d9847036
-def ordinary_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
-) -> Tensor:
-    """Attention outside an engine step: SDPA, or the formula where SDPA lacks what the layer wants."""
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if softcap is None and sinks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
-    if attention_mask is None:
-        shape, offset = (query.shape[2], key.shape[2]), key.shape[2] - query.shape[2]
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(offset)
-    return masked_attention(query, key, value, attention_mask, scaling, softcap, sinks).transpose(1, 2)
+# %% ../../nbs/13_model_runner.ipynb #f089cf4d
+class Detour:
+    """Leads a model's attention elsewhere for the duration of a `with`, and leaves the model as it was."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        AttentionInterface.register("pagedlit", attention_forward)
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        self.configs = list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
+
+    @contextmanager
+    def to(
+        self,
+        layers: list[tuple[nn.Module, Any]],  # a module, and what is called in the place of its attention
+    ) -> Iterator[None]:
+        """Let others do the attention of these modules, until the `with` ends."""
+        before = [config._attn_implementation for config in self.configs]
+        try:
+            for config in self.configs:
+                config._attn_implementation_internal = "pagedlit"
+            for module, layer in layers:
+                module.__dict__["paged_layer"] = layer
+            yield
+        finally:
+            for config, implementation in zip(self.configs, before):
+                config._attn_implementation_internal = implementation
+            for module, _ in layers:
+                module.__dict__.pop("paged_layer", None)
+
+# %% ../../nbs/13_model_runner.ipynb #32deb266
+Rule = Callable[..., Any]  # (batch, head, query positions, key positions) -> may the query see the key?
 
 
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:  # [N, Hq, T, Dv]
-    """Softmax attention with softcap and sinks in one formula; `mask` is True where a query may look."""
-    groups = query.shape[1] // key.shape[1]
-    logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    if sinks is not None:
-        logits = torch.cat([logits, sinks.to(logits).reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
-    return weights @ value.repeat_interleave(groups, 1)
-
-# %% ../../nbs/13_model_runner.ipynb #3ead19ae
-def use_paged_interface(model: PreTrainedModel) -> None:
-    """Route the model's attention through `attention_forward`. Raises `UnsupportedModel` if it has no such route."""
-    AttentionInterface.register("pagedlit", attention_forward)
-    AttentionMaskInterface.register("pagedlit", sdpa_mask)
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModel(f"{type(model).__name__} does not call its attention through transformers' AttentionInterface")
-    model.set_attn_implementation("pagedlit")
-
-# %% ../../nbs/13_model_runner.ipynb #c05114a2
 @dataclass(frozen=True)
 class LayerCall:
     """What one attention layer asked for in the dry run."""
 
     module: nn.Module
-    num_query_heads: int
     spec: LayerSpec  # what the cache has to hold for it
+    sliding_window: int | None  # tokens that a query sees, itself included; None = all before it
+    rule: Rule  # of the mask that it was handed
 
-
+# %% ../../nbs/13_model_runner.ipynb #18bcb7cc
 class LayerRecorder:
-    """Stands in for every layer's attention during the dry run, and takes down who called with which shapes."""
+    """Stands in for mask making and for every layer's attention in the dry run, and takes down who asked for what."""
 
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []
+        self.masks: dict[int, tuple[Tensor, Rule]] = {}  # by address: a slice of a mask is still that mask
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-        self.calls.append(LayerCall(module, query.shape[1], LayerSpec(key.shape[1], key.shape[3], value.shape[3])))
+    def make_mask(self, *, mask_function: Rule = causal_mask_function, **kwargs: Any) -> Tensor:
+        """A mask like any other, whose rule is remembered."""
+        mask = sdpa_mask(mask_function=mask_function, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        assert mask is not None, "a mask that may not be skipped is made"
+        self.masks[mask.untyped_storage().data_ptr()] = mask, mask_function
+        return mask
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
+        sliding_window: int | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        extras = [name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in ("s_aux", "position_ids")]
+        if extras or key.shape[2] != query.shape[2]:
+            extra = ", ".join(extras) or "keys of other tokens"
+            raise UnsupportedModel(f"a layer brings {extra} to its attention, for which a KV cache has no place")
+        address = 0 if mask is None else mask.untyped_storage().data_ptr()
+        if mask is not None and address not in self.masks:
+            raise UnsupportedModel("a layer makes a mask of its own, which the attention interface does not carry")
+        rule: Rule = causal_mask_function if mask is None else self.masks[address][1]
+        self.calls.append(LayerCall(module, LayerSpec(key.shape[1], key.shape[3], value.shape[3]), sliding_window, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
-
+# %% ../../nbs/13_model_runner.ipynb #e5e5613e
 @torch.inference_mode()
 def discover_layers(model: PreTrainedModel) -> list[LayerCall]:
     """Run four tokens through the model and see which layers ask for attention, and for what."""
-    recorder = LayerRecorder()
-    for module in model.modules():
-        module.paged_layer = recorder
+    recorder, ids = LayerRecorder(), torch.arange(4, device=model.device)[None]
+    AttentionMaskInterface.register("pagedlit", recorder.make_mask)
     try:
-        ids = torch.arange(4, device=model.device)[None]
-        model(input_ids=ids, position_ids=ids, attention_mask=step_mark(model.device), use_cache=False)
+        with Detour(model).to([(module, recorder) for module in model.modules()]):
+            model(input_ids=ids, position_ids=ids, use_cache=False)
     finally:
-        for module in model.modules():
-            del module.paged_layer
+        AttentionMaskInterface.register("pagedlit", sdpa_mask)
     return recorder.calls
 
-# %% ../../nbs/13_model_runner.ipynb #f83170ac
-def config_refusal(config: Any) -> str | None:
-    """What a text config says against its model; None if nothing."""
-    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of kind {', '.join(sorted(unknown))}, which need another state or mask than a paged KV cache"
-    if rope := rope_types(config) & {"longrope", "dynamic"}:
-        return f"its {rope.pop()} rotary embedding changes with the longest sequence of a batch"
-    return None
-
-
-def rope_types(config: Any) -> set[str]:
-    """The kinds of rotary embedding that a config names, for all layers alike or for each kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return {str(each.get("rope_type", each.get("type"))) for each in (nested or [rope])}
-
-
-def calls_refusal(config: Any, calls: list[LayerCall]) -> str | None:
-    """What the dry run's calls say against the model; None if nothing."""
-    num_layers = getattr(config, "num_hidden_layers", len(calls))
-    if len({id(call.module) for call in calls}) < len(calls):
-        return "a layer attends more than once in a forward"
-    if len(calls) < num_layers:
-        return f"only {len(calls)} of its {num_layers} layers attend through the interface; the others keep a state that is not paged"
-    return None
-
-# %% ../../nbs/13_model_runner.ipynb #865cbc1e
-def supported_layers(model: PreTrainedModel) -> list[LayerCall]:
-    """Route the model through the interface and discover its layers. Raises `UnsupportedModel`."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    if reason := config_refusal(config):
-        raise UnsupportedModel(f"{name} is not supported: {reason}")
-    use_paged_interface(model)
+# %% ../../nbs/13_model_runner.ipynb #05f8e525
+def fits(
+    rule: Rule,
+    sliding_window: int | None,  # tokens that a query sees, itself included; None = all before it
+    last: int = 1 << 20,  # position of the later of two queries
+) -> bool:
+    """Does a mask show two late queries just what the window says, at its edges and at every power of two back?"""
+    edges = () if sliding_window is None else (sliding_window - 1, sliding_window, sliding_window + 1)
+    back = {0, last, *edges, *(1 << i for i in range(last.bit_length()))}
+    queries, zero = torch.tensor([last - 1, last]), torch.tensor(0)
+    keys = torch.tensor(sorted(last - distance for distance in back if distance <= last))
     try:
-        calls = discover_layers(model)
-    except Exception as error:
-        raise UnsupportedModel(f"{name} does not run as attention layers over a ragged batch: {error}") from error
-    if reason := calls_refusal(config, calls):
-        raise UnsupportedModel(f"{name} is not supported: {reason}")
-    return calls
+        seen = rule(zero, zero, queries[:, None], keys)
+    except IndexError:  # a rule about the very tokens of its batch: look no further than they go
+        return fits(rule, sliding_window, last=3)
+    return torch.equal(seen.expand(2, len(keys)), visible(queries, keys, sliding_window))
 
-# %% ../../nbs/13_model_runner.ipynb #5239c950
+# %% ../../nbs/13_model_runner.ipynb #492ef34b
+def shown_window(call: LayerCall, cached: set[int]) -> int | None:
+    """The window that a layer's mask shows: the one that it names, none, or a `cached` one. Raises `UnsupportedModel` if none fits."""
+    zero, one = torch.tensor(0), torch.tensor(1)
+    if call.rule(zero, zero, zero, one) or not getattr(call.module, "is_causal", True):
+        raise UnsupportedModel("it is not causal: a token sees the next one")
+    for window in (call.sliding_window, None, *sorted(cached)):
+        if fits(call.rule, window):
+            return window
+    raise UnsupportedModel("its mask hides tokens as no sliding window does: attention within chunks, say")
+
+
+def settle_windows(model: PreTrainedModel, calls: list[LayerCall]) -> list[LayerCall]:
+    """Give each layer the window that its mask shows. Raises `UnsupportedModel` where there is none."""
+    with model.device:
+        cached = {layer.sliding_window for layer in DynamicCache(config=model.config).layers if hasattr(layer, "sliding_window")}
+        settled = [replace(call, sliding_window=shown_window(call, cached)) for call in calls]
+    if lost := cached - {call.sliding_window for call in settled}:
+        raise UnsupportedModel(f"the cache of its own generate forgets what is {max(lost)} tokens back, and its mask still shows it")
+    return settled
+
+# %% ../../nbs/13_model_runner.ipynb #98fc6099
+LAYER_KINDS = {
+    "full_attention": "", "sliding_attention": "", "mlp": "", "moe": "",  # nothing against these; the last two do not attend
+    "linear_attention": "a recurrent state", "conv": "a convolution state", "chunked_attention": "attention within chunks",
+    "hybrid": "a recurrent or convolution state beside attention", "hybrid_sliding": "a convolution state beside attention",
+}  # fmt: skip
+
+
+def check_config(model: PreTrainedModel, max_model_len: int | None) -> None:
+    """Raises `UnsupportedModel` for what the model's class and config say against it."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel("it is an encoder-decoder: half of what it attends to is another sequence")
+    kinds = {kind: LAYER_KINDS.get(kind, "another choice of keys") for kind in getattr(config, "layer_types", None) or ()}
+    if strange := [f"{kind} ({why})" for kind, why in kinds.items() if why]:
+        raise UnsupportedModel(f"it has layers of kind {', '.join(strange)}, which a cache of keys and values cannot serve")
+    if getattr(model, "_is_stateful", False) and not kinds:
+        raise UnsupportedModel("it keeps a recurrent state in the place of keys and values")
+    limit = constant_rope_len(config)
+    if limit is not None and (max_model_len is None or max_model_len > limit):
+        why = f"its rotary embedding changes with the longest sequence of a batch beyond {limit} tokens"
+        raise UnsupportedModel(f"{why}; max_model_len={limit} keeps it fixed")
+
+
+def constant_rope_len(config: Any) -> int | None:
+    """Tokens up to which the rotary embedding is the same whatever the batch; None if it always is."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in ropes.values() if isinstance(value, dict)] or [ropes]  # of layer, or one for all
+    varying = [rope for rope in by_kind if any(name in str(rope.get("rope_type")) for name in ("dynamic", "longrope"))]
+    return min((rope.get("original_max_position_embeddings") or config.max_position_embeddings for rope in varying), default=None)
+
+# %% ../../nbs/13_model_runner.ipynb #5bc50153
+def check_calls(model: PreTrainedModel, calls: list[LayerCall]) -> None:
+    """Raises `UnsupportedModel` for what the number of calls in the dry run says against the model."""
+    config = model.config.get_text_config(decoder=True)
+    num_layers = getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", 0))
+    if not calls:
+        raise UnsupportedModel("it does not call its attention through transformers' AttentionInterface")
+    if len({id(call.module) for call in calls}) < len(calls):
+        raise UnsupportedModel("a layer attends more than once in a forward, and would need a cache for each time")
+    if len(calls) < num_layers:
+        raise UnsupportedModel(f"only {len(calls)} of its {num_layers} layers attend to the sequence; the others have another state")
+
+# %% ../../nbs/13_model_runner.ipynb #2361d12f
 @dataclass
 class PagedLayer:
     """A layer's attention during engine steps: the op of chapter 10 over the layer's part of the cache."""
 
     kv_cache: list[Tensor]
+    sliding_window: int | None
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None = None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
         softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
-        return paged_attention(q, k, v, self.kv_cache, scaling, sliding_window, softcap, s_aux)[None]
+        return paged_attention(q, k, v, self.kv_cache, scaling, self.sliding_window, softcap, s_aux)[None]
 
-# %% ../../nbs/13_model_runner.ipynb #9919f6c0
+# %% ../../nbs/13_model_runner.ipynb #273a44fa
 class ModelRunner:
     """The `Runner` that holds a real model and the pool's tensors."""
 
@@ -204,55 +246,50 @@ class ModelRunner:
         num_blocks: int | None = None,  # blocks in the pool; None = what fits
         memory_utilization: float = 0.9,  # share of the GPU's memory for weights, KV cache and workspace together
         attention_backend: str = "auto",  # a registered backend's name; "auto" = the fastest for the device
+        max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model allows
     ) -> None:
+        """Raises `UnsupportedModel`, or `NoRoomForCache`."""
         self.model, self.device, self.block_size = model.eval(), model.device, block_size
-        self.backend = get_backend("cpu" if attention_backend == "auto" else attention_backend)
+        fastest = "cpu" if self.device.type == "cpu" else "reference"
+        self.backend = get_backend(fastest if attention_backend == "auto" else attention_backend)
         self.takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        config = model.config.get_text_config()
-        self.vocab_size, self.max_position = config.vocab_size, getattr(config, "max_position_embeddings", None)
-        self.layers = checked_layers(self)
-        specs = [layer.spec for layer in self.layers]
+        config = model.config.get_text_config(decoder=True)
+        limits = (max_model_len, getattr(config, "max_position_embeddings", None))
+        self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
+        self.detour = Detour(model)
+        self.calls = checked_layers(self, max_model_len)
+        specs = [call.spec for call in self.calls]
         self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, model.dtype, self.device, memory_utilization)
         self.kv_cache = KVCache(specs, self.num_blocks, block_size, model.dtype, self.device)
+        self.layers = paged_layers(self.calls, self.kv_cache)
         self.num_copies = 0  # blocks copied on write so far
-        bind(self.layers, self.kv_cache)
 
     def run(self, batch: ForwardBatch) -> RunnerOutput:
         """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`. Raises `BadLogits`."""
         self.kv_cache.apply_copies(batch.copies)
         self.num_copies += len(batch.copies)
-        logits = step_logits(self, batch)
+        logits = step_logits(self, self.layers, batch)
         return RunnerOutput(read_tokens(sample(logits, batch.sampling, batch.seeds, batch.output_lens)))
 
-# %% ../../nbs/13_model_runner.ipynb #a6c9407d
-def bind(layers: list[LayerCall], kv_cache: KVCache) -> None:
-    """Give each layer its part of a cache."""
-    for layer, tensors in zip(layers, kv_cache.layers, strict=True):
-        layer.module.paged_layer = PagedLayer(tensors)
+# %% ../../nbs/13_model_runner.ipynb #2f8edd86
+def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
+    """Each attention module with its part of a cache."""
+    return [(call.module, PagedLayer(part, call.sliding_window)) for call, part in zip(calls, kv_cache.layers, strict=True)]
 
 
 @torch.inference_mode()
-def step_logits(runner: ModelRunner, batch: ForwardBatch) -> Tensor:  # [R, V], in the model's dtype
-    """Run the model over a batch and keep the logits of its `logits_rows`."""
+def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R, V]
+    """Run the model over a batch and keep the logits of its `logits_rows`, in the model's dtype."""
     token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, batch.logits_rows))
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
     keep = {"logits_to_keep": rows} if runner.takes_rows else {}
-    with forward_context(AttentionMetadata.from_batch(batch, runner.device), runner.backend):
-        output = runner.model(
-            input_ids=token_ids[None], position_ids=positions[None], attention_mask=step_mark(runner.device), use_cache=False, **keep
-        )
-    return output.logits[0] if runner.takes_rows else output.logits[0][rows]
+    with forward_context(AttentionMetadata.from_batch(batch, runner.device), runner.backend), runner.detour.to(layers):
+        output = runner.model(input_ids=token_ids[None], position_ids=positions[None], attention_mask=no_mask, use_cache=False, **keep)
+    logits: Tensor = output.logits[0]
+    return logits if runner.takes_rows else logits[rows]
 
-# %% ../../nbs/13_model_runner.ipynb #24dbd8f8
+# %% ../../nbs/13_model_runner.ipynb #c0f4bc2a
 PROBE_LENS = (7, 5)  # tokens of the two sequences of the self-check
-
-
-def checked_layers(runner: ModelRunner) -> list[LayerCall]:
-    """The model's layers, after its logits over a paged cache were held against its own. Raises `UnsupportedModel`."""
-    probes = [probe_tokens(runner.vocab_size, num_tokens) for num_tokens in PROBE_LENS]
-    expected = torch.stack([own_logits(runner.model, probe) for probe in probes])
-    layers = supported_layers(runner.model)
-    compare(runner.model, paged_logits(runner, layers, probes), expected)
-    return layers
 
 
 def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
@@ -260,40 +297,88 @@ def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
     return array("i", (index * 7919 % vocab_size for index in range(num_tokens, 2 * num_tokens)))
 
 
-@torch.inference_mode()
-def own_logits(model: PreTrainedModel, token_ids: array[int]) -> Tensor:  # [V] float32
-    """The logits after a sequence, from the model's own forward, without any cache."""
-    return model(input_ids=view_of(token_ids, model.device).long()[None], use_cache=False).logits[0, -1].float()
-
-# %% ../../nbs/13_model_runner.ipynb #7ae70599
-def paged_logits(runner: ModelRunner, layers: list[LayerCall], probes: list[array[int]]) -> Tensor:  # [S, V] float32
+def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]]) -> Tensor:  # [S, V] float32
     """The logits after each sequence, packed into one batch and computed in two chunks through a small cache of their own."""
-    kv_cache = KVCache([layer.spec for layer in layers], 8, 2, runner.model.dtype, runner.device)
-    bind(layers, kv_cache)
-    pool, logits = BlockAllocator(kv_cache.num_blocks), torch.empty(0)
-    seqs = [Sequence(i, ids, len(ids), GREEDY, table=BlockTable(pool, 2)) for i, ids in enumerate(probes)]
-    for num_tokens in (3, max(PROBE_LENS)):
+    kv_cache, logits = KVCache([call.spec for call in calls], 8, 2, runner.model.dtype, runner.device), torch.empty(0)
+    pool, layers = BlockAllocator(kv_cache.num_blocks), paged_layers(calls, kv_cache)
+    seqs = [Sequence(i, ids, len(ids), SamplingParams(), table=BlockTable(pool, 2)) for i, ids in enumerate(probes)]
+    for chunk in (3, max(PROBE_LENS)):
         batch = ForwardBatch(kv_cache.block_size)
         for seq in seqs:
-            add_chunk(batch, seq, num_tokens)
-        logits = step_logits(runner, batch).float()
-    return logits
+            assert seq.table is not None, "a probe has a table"
+            seq.table.grow(len(seq.token_ids))
+            batch.add(seq, min(chunk, len(seq.token_ids) - seq.num_computed_tokens), [])
+            seq.num_computed_tokens = batch.seq_lens[-1]
+        logits = step_logits(runner, layers, batch)
+    return logits.float()
+
+# %% ../../nbs/13_model_runner.ipynb #c2f03c52
+@torch.inference_mode()
+def own_logits(model: PreTrainedModel, probes: list[array[int]], first: int | None = None) -> Tensor:  # [S, V] float32
+    """The logits after each sequence by the model's own forward, its positions counted from `first`, or as it likes."""
+    ids = nn.utils.rnn.pad_sequence([view_of(probe, model.device).long() for probe in probes], batch_first=True, padding_value=probes[0][0])
+    positions = {} if first is None else {"position_ids": (torch.arange(ids.shape[1], device=ids.device) + first).expand_as(ids)}
+    logits = model(input_ids=ids, use_cache=False, **positions).logits
+    return torch.stack([logits[row, len(probe) - 1] for row, probe in enumerate(probes)]).float()
 
 
-def add_chunk(batch: ForwardBatch, seq: Sequence, num_tokens: int) -> None:
-    """Add a sequence's next tokens to a batch, growing its table."""
-    assert seq.table is not None, "a probe has a table"
-    seq.table.grow(len(seq.token_ids))
-    batch.add(seq, min(num_tokens, len(seq.token_ids) - seq.num_computed_tokens), [])
-    seq.num_computed_tokens = batch.seq_lens[-1]
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """How far off, as a share of what was expected; tokens that the model itself rules out do not count."""
+    kept = expected.abs() < 1e30
+    return float((got - expected)[kept].norm() / expected[kept].norm())
 
 
-def compare(model: PreTrainedModel, got: Tensor, expected: Tensor) -> None:
-    """Raise `UnsupportedModel` with the size of the difference, if there is one beyond rounding."""
-    error = float((got - expected).norm() / expected.norm())
-    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
+    """Raises `UnsupportedModel` where the logits over a paged cache are not the model's own, with the cause if it can be told."""
+    probes = [probe_tokens(runner.vocab_size, num_tokens) for num_tokens in PROBE_LENS]
+    expected = own_logits(runner.model, probes)
+    if expected.isnan().any():
+        raise UnsupportedModel("its own logits are NaN, without any paged cache")
+    error = relative_error(paged_logits(runner, calls, probes), expected)
+    if error <= 1e-5:
+        return
+    limit = 1e-3 if runner.model.dtype in (torch.float32, torch.float64) else 0.2
+    from_0, from_1 = (own_logits(runner.model, probes, first) for first in (0, 1))
+    if torch.equal(from_0, from_1):
+        raise UnsupportedModel("it ignores position_ids, and would count the tokens of other sequences in its row")
+    if not relative_error(from_0, expected) <= limit:
+        raise UnsupportedModel("left to itself it does not count positions from 0, as generate and this engine do")
     if not error <= limit:  # NaN does not pass
-        raise UnsupportedModel(
-            f"{type(model).__name__} gives other logits over a paged cache than by itself (relative error {error:.2g}, limit {limit:g}): "
-            "it may ignore position_ids, or need a mask that the attention interface does not carry"
-        )
+        raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
+
+# %% ../../nbs/13_model_runner.ipynb #0bb0be34
+SMALL = 1 << 26  # parameters of a model that is copied to be checked in float32
+
+
+def in_float32(runner: ModelRunner) -> ModelRunner:
+    """The runner itself, or one over a float32 copy of its model, if that is small and in half precision."""
+    weights = list(runner.model.parameters())
+    if any(w.dtype not in (torch.bfloat16, torch.float16) for w in weights) or sum(w.numel() for w in weights) > SMALL:
+        return runner
+    twin = copy(runner)
+    twin.model = deepcopy(runner.model).float()
+    twin.detour = Detour(twin.model)
+    return twin
+
+
+def layers_of(model: PreTrainedModel, max_model_len: int | None) -> list[LayerCall]:
+    """The model's layers, if all signs are good. Raises `UnsupportedModel`."""
+    check_config(model, max_model_len)
+    calls = discover_layers(model)
+    check_calls(model, calls)
+    return settle_windows(model, calls)
+
+
+def checked_layers(runner: ModelRunner, max_model_len: int | None) -> list[LayerCall]:
+    """The model's layers, after all checks. Raises `UnsupportedModel`."""
+    name = type(runner.model).__name__
+    try:
+        calls, twin = layers_of(runner.model, max_model_len), in_float32(runner)
+        check_logits(twin, calls if twin is runner else layers_of(twin.model, max_model_len))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name} is not supported: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{name} does not run over a ragged batch: {type(error).__name__}: {error}") from error
+    return calls
