@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from pagedlit.compute.attention import visible
 from pagedlit.compute.model_runner import ModelRunner, UnsupportedModel, discover_layers, fits
+from pagedlit.compute.sampler import BadLogits
 from pagedlit.llm import LLM
-from pagedlit.serving.engine import build_engine
 from pagedlit.serving.sequence import SamplingParams
 
 NUM_NEW = 16
@@ -334,14 +334,12 @@ def test_a_large_window_in_the_mask_alone_is_found():
 def test_rotary_embeddings_that_follow_the_batch_are_exact_within_max_model_len():
     model, prompts = build("llama", LONGROPE), [prompt for prompt in PROMPTS if len(prompt) + NUM_NEW <= 64]
     want = generate(model, prompts)
-    runner = ModelRunner(model, 3, 80, max_model_len=64)
-    assert runner.max_position == 64
-    engine = build_engine(runner, 80, 3, max_num_batched_tokens=20, max_model_len=runner.max_position)
-    ids = [engine.add_request(prompt, GREEDY) for prompt in prompts]
-    answers = {seq.seq_id: seq.output_token_ids for seq in engine.drain()}
-    assert [answers[seq_id] for seq_id in ids] == want
+    llm = LLM(model, block_size=3, num_blocks=80, max_num_batched_tokens=20, max_model_len=64)
+    assert len(prompts) > 2 and serve(llm, prompts) == want
+    [output] = llm.generate([PROMPTS[1] * 2], GREEDY, use_tqdm=False)
+    assert output.error is not None, "longer than the rotary embedding stays as it is"
     with pytest.raises(UnsupportedModel, match="max_model_len=64"):
-        ModelRunner(model, 3, 80, max_model_len=65)
+        LLM(model, num_blocks=80, max_model_len=65)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss, sinks", "mixtral", "deepseek-v3, latent"])
@@ -415,10 +413,28 @@ def test_a_step_that_fails_leaves_the_model_as_it_was():
     assert seq.output_token_ids == generate(model, PROMPTS[1:2])[0]
 
 
+def test_a_row_without_finite_logits_is_named_and_the_others_are_right(monkeypatch):
+    model = build("llama")
+    engine, forward = LLM(model, num_blocks=64).engine, model.lm_head.forward
+
+    def spoil(hidden):
+        logits = forward(hidden)
+        logits[0, 0] = torch.nan
+        return logits
+
+    want = generate(model, PROMPTS[2:4])
+    for prompt in PROMPTS[2:4]:
+        engine.add_request(prompt, GREEDY)
+    monkeypatch.setattr(model.lm_head, "forward", spoil)
+    with pytest.raises(BadLogits) as caught:
+        engine.runner.run(engine.scheduler.schedule())
+    assert caught.value.rows == [0] and caught.value.token_ids[1] == want[1][0]
+
+
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 4), (torch.bfloat16, 6)], ids=str)
 def test_the_load_check_is_a_few_short_forwards(dtype, most, monkeypatch):
     """What it costs on a model that is too large for a copy: at most this many forwards, of at most 14 tokens each."""
-    monkeypatch.setattr("pagedlit.compute.model_runner.SMALL", 0)
+    monkeypatch.setattr("pagedlit.compute.model_runner.MAX_COPIED_WEIGHTS", 0)
     model, sizes = build("llama", dtype=dtype), []
     model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
     ModelRunner(model, num_blocks=16)
@@ -427,7 +443,7 @@ def test_the_load_check_is_a_few_short_forwards(dtype, most, monkeypatch):
 
 def test_a_large_model_in_bfloat16_must_hear_its_positions_too(monkeypatch):
     """It is not copied, the limit is wide, and the weights are small."""
-    monkeypatch.setattr("pagedlit.compute.model_runner.SMALL", 0)
+    monkeypatch.setattr("pagedlit.compute.model_runner.MAX_COPIED_WEIGHTS", 0)
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModel, match="ignores position_ids"):
         ModelRunner(Deaf(LlamaConfig(**COMMON)).bfloat16(), num_blocks=16)

@@ -35,8 +35,8 @@ from ..serving.scheduler import ForwardBatch
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
-__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'SMALL', 'UnsupportedModel', 'attention_forward', 'Detour', 'LayerCall',
-           'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
+__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward', 'Detour',
+           'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
            'constant_rope_len', 'check_calls', 'PagedLayer', 'ModelRunner', 'paged_layers', 'step_logits',
            'probe_tokens', 'paged_logits', 'own_logits', 'relative_error', 'check_logits', 'in_float32', 'layers_of',
            'checked_layers']
@@ -218,7 +218,7 @@ def check_calls(model: PreTrainedModel, calls: list[LayerCall]) -> None:
     if len({id(call.module) for call in calls}) < len(calls):
         raise UnsupportedModel("a layer attends more than once in a forward, and would need a cache for each time")
     if len(calls) < num_layers:
-        raise UnsupportedModel(f"only {len(calls)} of its {num_layers} layers attend to the sequence; the others have another state")
+        raise UnsupportedModel(f"only {len(calls)} of its {num_layers} layers attend to the sequence; the others keep a state or look elsewhere")
 
 # %% ../../nbs/13_model_runner.ipynb #2361d12f
 @dataclass
@@ -346,14 +346,14 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
 
-# %% ../../nbs/13_model_runner.ipynb #0bb0be34
-SMALL = 1 << 26  # parameters of a model that is copied to be checked in float32
+# %% ../../nbs/13_model_runner.ipynb #7dc98e92
+MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 
 def in_float32(runner: ModelRunner) -> ModelRunner:
     """The runner itself, or one over a float32 copy of its model, if that is small and in half precision."""
     weights = list(runner.model.parameters())
-    if any(w.dtype not in (torch.bfloat16, torch.float16) for w in weights) or sum(w.numel() for w in weights) > SMALL:
+    if any(w.dtype not in (torch.bfloat16, torch.float16) for w in weights) or sum(w.numel() for w in weights) > MAX_COPIED_WEIGHTS:
         return runner
     twin = copy(runner)
     twin.model = deepcopy(runner.model).float()
