@@ -75,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.sequences)
     @rule(when=st.sampled_from(["early", "late"]))
     def fail(self, when: str) -> None:
-        fail_once(self.engine, when)
+        self.oracle.check(fail_once(self.engine, when))
 
     @rule(new_weights=st.booleans())
     def forget(self, new_weights: bool) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pagedlit.llm import LLM, Detokenizer, Finished, PromptServer, eos_token_ids, pair_up, stats_of, tokenize, uninterrupted
-from pagedlit.serving.engine import ToyRunner, build_engine, toy_reference
+from pagedlit.compute.text import Detokenizer
+from pagedlit.llm import LLM, Finished, PromptServer, eos_token_ids, pair_up, stats_of, tokenize, uninterrupted
+from pagedlit.serving.engine import BrokenRunner, ToyRunner, build_engine, toy_reference
 from pagedlit.serving.sequence import InvalidRequest, RequestTooLong, SamplingParams
 from pagedlit.tiny import MODEL_PATH, SYSTEM_PROMPT, questions
 
@@ -41,7 +42,7 @@ def assert_idle(room: PromptServer) -> None:
     """Nothing in flight, nothing unread, no block held."""
     room.engine.check_invariants()
     cache = room.engine.scheduler.cache
-    assert not room.has_unfinished_requests() and not room.engine.sequences and not room._by_seq_id
+    assert not room.has_unfinished_requests() and not room.engine.sequences and not room.by_seq_id
     assert cache.num_free == cache.num_blocks
 
 
@@ -479,7 +480,7 @@ class FailingRunner(ToyRunner):
         return super().run(batch)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [BrokenRunner("out of luck"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("fails_at", [1, 2, 4])
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_an_exception_in_the_middle_aborts_ones_own_requests_alone(error, fails_at, how):
@@ -588,11 +589,11 @@ def test_an_exception_between_a_step_and_its_report_hangs_nobody(monkeypatch):
     room = toy_room()
     mine = room.add_request(A, greedy(1))
 
-    def interrupted(request):
+    def interrupted(room, request):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "deliver", interrupted)
+    monkeypatch.setattr("pagedlit.llm.deliver", interrupted)
     with pytest.raises(KeyboardInterrupt):
         room.step()
     assert not room.engine.sequences and mine in room.requests, "it has ended, and nobody was told"

@@ -34,8 +34,8 @@ def after(function: Callable, change: Callable) -> Callable:
 def shift_slots(batch_add: Callable) -> Callable:
     """A decode writes to the slot of the step before."""
 
-    def add(self: ForwardBatch, seq: Sequence, num_tokens: int, copies: list) -> None:
-        batch_add(self, seq, num_tokens, copies)
+    def add(self: ForwardBatch, seq: Sequence, num_tokens: int, *others: object) -> None:
+        batch_add(self, seq, num_tokens, *others)
         if num_tokens == 1 and seq.num_computed_tokens:
             self.slot_mapping[-1] = seq.table.slot(seq.num_computed_tokens - 1)
 
@@ -106,7 +106,7 @@ def free_early(take_in: Callable) -> Callable:
     def careless(state: scheduler.SchedulerState, token_ids: list[int]) -> list[Sequence]:
         sampled = take_in(state, token_ids)
         for seq in sampled:
-            if len(seq.table) > 1 and seq.num_computed_tokens % state.block_size == 1:
+            if seq.table and len(seq.table) > 1 and seq.num_computed_tokens % state.block_size == 1:
                 state.cache.release([seq.table.block_ids[-2]])
         return sampled
 

@@ -13,8 +13,8 @@ from pagedlit.memory import allocator
 from pagedlit.memory.allocator import BlockAllocator
 from pagedlit.memory.prefix_cache import PrefixCache
 from pagedlit.serving import scheduler as scheduler_module
-from pagedlit.serving.scheduler import ForwardBatch, Scheduler
-from pagedlit.serving.sequence import InvalidRequest, RequestTooLong, SamplingParams, Sequence, SequenceStatus, stop_reason_of
+from pagedlit.serving.scheduler import ForwardBatch, RunnerOutput, Scheduler
+from pagedlit.serving.sequence import InvalidRequest, RequestTooLong, SamplingParams, Sequence, SequenceStatus, namespace_of, stop_reason_of
 
 
 def make_scheduler(num_blocks: int = 16, block_size: int = 4, enabled: bool = True, **limits: object) -> Scheduler:
@@ -38,7 +38,7 @@ def step(scheduler: Scheduler, token_id: int = 7) -> dict[int, int]:
     assert len(batch.token_ids) <= scheduler.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.max_num_seqs
     shares = {seq.seq_id: num_tokens for seq, num_tokens in scheduler.scheduled}
-    scheduler.update([token_id] * len(batch.logits_rows))
+    scheduler.update(RunnerOutput([token_id] * len(batch.logits_rows)))
     scheduler.check_invariants()
     return shares
 
@@ -82,9 +82,14 @@ def test_bad_parameter_is_named(bad: dict[str, object]) -> None:
 def test_nothing_is_accepted_and_ignored() -> None:
     with pytest.raises(TypeError, match="temperatur"):
         SamplingParams(temperatur=0)
-    for unsupported in ({"n": 2}, {"stop": ["."]}, {"logprobs": 1}, {"min_tokens": 3}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.1}):
-        with pytest.raises(InvalidRequest, match="not supported yet"):
-            SamplingParams(**unsupported)
+    for senseless in (
+        {"n": 0}, {"n": True}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": 3}, {"logprobs": -1}, {"prompt_logprobs": 1.5}, {"min_tokens": -1},
+        {"min_tokens": 17}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"repetition_penalty": None},
+    ):
+        with pytest.raises(InvalidRequest, match="must"):
+            SamplingParams(**senseless)
+    params = SamplingParams(n=2, stop=["."], logprobs=1, min_tokens=3, presence_penalty=0.5, repetition_penalty=1.1)
+    assert params.penalizes and params.stop_strings == (".",)
 
 
 def test_good_parameters_are_kept() -> None:
@@ -116,7 +121,7 @@ def test_namespaces_are_tagged() -> None:
     salted = Sequence(0, array("i", [1]), 1, SamplingParams(cache_salt="french"))
     plain = Sequence(0, array("i", [1]), 1, SamplingParams())
     empty = Sequence(0, array("i", [1]), 1, SamplingParams(cache_salt=""))
-    assert salted.namespace == ("cache_salt", "french") and len({salted.namespace, plain.namespace, empty.namespace}) == 3
+    assert namespace_of(salted) == ("cache_salt", "french") and len({namespace_of(salted), namespace_of(plain), namespace_of(empty)}) == 3
 
 
 # the batch
@@ -141,7 +146,7 @@ def test_only_the_last_chunk_is_sampled() -> None:
     for _ in range(4):
         batch = scheduler.schedule()
         rows.append((batch.positions.tolist(), batch.logits_rows.tolist(), batch.output_lens.tolist()))
-        scheduler.update([7] * len(batch.logits_rows))
+        scheduler.update(RunnerOutput([7] * len(batch.logits_rows)))
     assert rows == [([0, 1, 2, 3], [], []), ([4, 5, 6, 7], [], []), ([8, 9], [1], [0]), ([10], [0], [1])]
 
 
@@ -386,7 +391,7 @@ def test_full_prompt_hit_recomputes_the_last_token_alone() -> None:
     assert second.num_cached_tokens == 7 and [share.num_tokens for share in scheduler.scheduled] == [1, 1]
     ((src, dst, num_tokens),) = batch.copies
     assert src == first.table.block_ids[1] and dst == second.table.block_ids[1] and num_tokens == 3
-    scheduler.update([7, 7])
+    scheduler.update(RunnerOutput([7, 7]))
     assert second.table.block_ids[1] == src, "the copy turned out equal, and was given up for the cached block"
     scheduler.check_invariants()
 
@@ -397,7 +402,7 @@ def test_nothing_is_published_before_it_is_written() -> None:
     add(scheduler, 0, 9)
     scheduler.schedule()
     assert not scheduler.cache.nodes
-    scheduler.update([7])
+    scheduler.update(RunnerOutput([7]))
     assert len(scheduler.cache.nodes) == 2
 
 
@@ -566,7 +571,7 @@ def test_one_of_two_copies() -> None:
     scheduler.fork(parent, fork_of(parent, 1))
     batch = scheduler.schedule()
     assert len(batch.copies) == 1 and batch.copies[0].num_tokens == 1
-    scheduler.update([7, 8])
+    scheduler.update(RunnerOutput([7, 8]))
     scheduler.check_invariants()
 
 
@@ -647,7 +652,7 @@ def test_leaving_does_not_search_the_queue(state: str, order: Callable[[list], I
     seqs = [add(scheduler, i, 2) for i in range(4096)]
     if state == "running":
         batch = scheduler.schedule()
-        scheduler.update([7] * len(batch.logits_rows))
+        scheduler.update(RunnerOutput([7] * len(batch.logits_rows)))
     calls = count_calls(monkeypatch, "by_order")
     for seq in order(seqs):
         scheduler.finish(seq, "abort")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from pagedlit.serving.engine import Engine, RunnerOutput, ToyRunner, build_engine, toy_reference
-from pagedlit.serving.scheduler import ForwardBatch
-from pagedlit.serving.sequence import RequestTooLong, SamplingParams, Sequence, SequenceStatus
+from pagedlit.serving.engine import Engine, ToyRunner, build_engine, toy_reference
+from pagedlit.serving.scheduler import ForwardBatch, RunnerOutput
+from pagedlit.serving.sequence import Logprob, RequestTooLong, SamplingParams, Sequence, SequenceStatus, namespace_of
 
 VOCAB_SIZE = 4  # few tokens, so that prompts share prefixes and stop tokens are met
 
@@ -21,7 +21,8 @@ def check_batch(batch: ForwardBatch, num_blocks: int) -> None:
     num_rows, num_seqs, size = len(batch.token_ids), len(batch.seq_ids), batch.block_size
     assert len(batch.positions) == len(batch.slot_mapping) == num_rows == batch.query_start_loc[-1] > 0
     assert len(batch.query_start_loc) == len(batch.block_table_start) == num_seqs + 1 == len(batch.seq_lens) + 1
-    assert len(batch.logits_rows) == len(batch.seeds) == len(batch.output_lens) == len(batch.sampling) <= num_seqs
+    assert len(batch.logits_rows) == len(batch.seeds) == len(batch.output_lens) == len(batch.sampling)
+    assert len(batch.prompt_rows) == len(batch.prompt_targets) == len(batch.prompt_tops) <= num_rows
     assert len(set(batch.slot_mapping)) == num_rows, "two tokens write to one slot"
     assert all(0 <= block_id < num_blocks for block_id in batch.block_tables), "a block id is out of range"
     assert len({copy.dst for copy in batch.copies}) == len(batch.copies), "two copies have one destination"
@@ -48,7 +49,7 @@ class FlakyRunner(ToyRunner):
         output = super().run(batch)
         if fails == "late":
             raise RunnerFailed
-        return output
+        return output._replace(prompt_logprobs=[{token_id: Logprob(-1.0, 1)} for token_id in batch.prompt_targets])
 
 
 def greedy(max_tokens: int = 16, **others: object) -> SamplingParams:
@@ -77,10 +78,11 @@ class Oracle:
         self.seen: dict[object, list[Sequence]] = {}  # every sequence there has been, by namespace
 
     def began(self, seq_id: int) -> None:
-        """Remember a new sequence."""
-        seq = self.engine.sequences[seq_id]
-        self.begins[seq_id] = seq.token_ids.tolist()
-        self.seen.setdefault(seq.namespace, []).append(seq)
+        """Remember a new sequence, and those that will split off it."""
+        first = self.engine.sequences[seq_id]
+        for seq in (first, *first.forks):
+            self.begins[seq.seq_id] = seq.token_ids.tolist()
+            self.seen.setdefault(namespace_of(seq), []).append(seq)
 
     def expected(self, seq: Sequence) -> list[int]:
         """All tokens of a finished sequence, prompt included."""
@@ -102,11 +104,14 @@ class Oracle:
                 stopped = expected[-1] in (seq.params.stop_token_ids or ())
                 assert seq.finish_reason == ("stop" if stopped else "length")
                 self.check_hit(seq)
+                if seq.params.prompt_logprobs is not None:
+                    rated = [token_id for each in seq.prompt_logprobs for token_id in each]
+                    assert rated == seq.token_ids[1 : seq.num_prompt_tokens].tolist(), "a token of the prompt was not rated, or twice"
 
     def check_hit(self, seq: Sequence) -> None:
         """A hit must be explained by another sequence of the same namespace, and must leave the last token to compute."""
         assert seq.num_cached_tokens < len(self.begins[seq.seq_id]), "the whole prompt was taken from the cache"
-        others = (other for other in self.seen[seq.namespace] if other is not seq)
+        others = (other for other in self.seen[namespace_of(seq)] if other is not seq)
         longest = max((num_common(seq.token_ids, other.token_ids) for other in others), default=0)
         assert seq.num_cached_tokens <= longest, f"a hit of {seq.num_cached_tokens} tokens, but at most {longest} were ever computed"
 
@@ -152,6 +157,7 @@ def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         temperature=rng.choice([0, 0, 1]), max_tokens=rng.randint(1, 12), cache_salt=rng.choice([None, None, "a"]),
         priority=rng.choice([0, 0, 0, 1, -1]), stop_token_ids=rng.choice([None, None, [3]]), seed=rng.choice([None, 5]),
+        n=rng.choice([1, 1, 1, 2, 3]), prompt_logprobs=rng.choice([None, None, None, 0]),
     )
 
 
@@ -188,16 +194,16 @@ def random_move(rng: random.Random, engine: Engine, oracle: Oracle) -> None:
     elif dice < 0.45 and engine.sequences:
         oracle.began(engine.fork(rng.choice(list(engine.sequences))))
     elif dice < 0.48 and engine.sequences:
-        fail_once(engine, rng.choice(["early", "late"]))
+        oracle.check(fail_once(engine, rng.choice(["early", "late"])))
     else:
         oracle.check(engine.step())
 
 
-def fail_once(engine: Engine, when: str) -> None:
-    """A step in which the runner raises."""
+def fail_once(engine: Engine, when: str) -> list[Sequence]:
+    """A step in which the runner raises: nothing moves, and nobody hears of it. While suspects are tried, a step like any other."""
+    if engine.suspects:
+        return engine.step()
     engine.runner.fails = when
-    try:
-        engine.step()
-    except RunnerFailed:
-        return
-    raise AssertionError("the runner's exception was swallowed")
+    moved = engine.step()
+    assert moved == [] and engine.runner.fails is None, "the runner did not fail"
+    return moved

@@ -5,7 +5,8 @@
 
 Contract: `ModelRunner.run` takes a `ForwardBatch`, applies its block copies, runs the model once over the ragged batch (all T tokens as
 one row, each at its own position) and samples. What each layer needs of the cache, and which tokens it may see, is taken down in a dry
-run, not read from the config. A model that would run wrong is refused at load with `UnsupportedModel`, which names the cause.
+run, not read from the config. A model that would run wrong is refused at load with `UnsupportedModel`, which names the cause. A row of
+logits without a finite maximum is an error of its own sequence.
 
 Invariants: logits are computed for sampled tokens only; between steps the model is as its owner left it, with its own attention and
 nothing of the pool attached, so that it may serve several runners and its own `generate`, one at a time.
@@ -27,19 +28,18 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit
-from .sampler import read_tokens, sample
+from .sampler import BadLogits, logprobs_of, read_tokens, sample
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import BlockTable
-from ..serving.engine import RunnerOutput
-from ..serving.scheduler import ForwardBatch
+from ..serving.scheduler import ForwardBatch, RunnerOutput
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
 __all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward', 'Detour',
            'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
-           'constant_rope_len', 'check_calls', 'PagedLayer', 'ModelRunner', 'paged_layers', 'step_logits',
-           'probe_tokens', 'paged_logits', 'own_logits', 'relative_error', 'check_logits', 'in_float32', 'layers_of',
-           'checked_layers']
+           'constant_rope_len', 'check_calls', 'PagedLayer', 'ModelRunner', 'read_output', 'paged_layers',
+           'step_logits', 'probe_tokens', 'paged_logits', 'own_logits', 'relative_error', 'check_logits', 'in_float32',
+           'layers_of', 'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -265,22 +265,38 @@ class ModelRunner:
         self.num_copies = 0  # blocks copied on write so far
 
     def run(self, batch: ForwardBatch) -> RunnerOutput:
-        """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`. Raises `BadLogits`."""
+        """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`. A bad row is an error in the output."""
         self.kv_cache.apply_copies(batch.copies)
         self.num_copies += len(batch.copies)
         logits = step_logits(self, self.layers, batch)
-        return RunnerOutput(read_tokens(sample(logits, batch.sampling, batch.seeds, batch.output_lens)))
+        return read_output(batch, logits, sample(logits[: len(batch.sampling)], batch.sampling, batch.seeds, batch.output_lens, batch.histories))
 
-# %% ../../nbs/13_model_runner.ipynb #2f8edd86
+# %% ../../nbs/13_model_runner.ipynb #bfbb69c9
+def read_output(batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> RunnerOutput:
+    """What a step brought, on the host: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R]."""
+    try:
+        ids, errors = read_tokens(token_ids), {}
+    except BadLogits as error:
+        ids, errors = error.token_ids, dict.fromkeys(error.rows, error)
+    num_tops = {r: params.logprobs for r, params in enumerate(batch.sampling) if params.logprobs is not None and r not in errors}
+    if not num_tops and not batch.prompt_rows:
+        return RunnerOutput(ids, errors=errors)
+    rows = [*num_tops, *range(len(ids), len(ids) + len(batch.prompt_rows))]
+    targets = [*(ids[r] for r in num_tops), *batch.prompt_targets]
+    rated = logprobs_of(logits[rows], targets, [*num_tops.values(), *batch.prompt_tops])
+    return RunnerOutput(ids, dict(zip(num_tops, rated)), rated[len(num_tops) :], errors)
+
+# %% ../../nbs/13_model_runner.ipynb #0d12b034
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
     """Each attention module with its part of a cache."""
     return [(call.module, PagedLayer(part, call.sliding_window)) for call, part in zip(calls, kv_cache.layers, strict=True)]
 
 
 @torch.inference_mode()
-def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R, V]
-    """Run the model over a batch and keep the logits of its `logits_rows`, in the model's dtype."""
-    token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, batch.logits_rows))
+def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R + P, V]
+    """Run the model over a batch and keep the logits of its `logits_rows` and `prompt_rows`, in the model's dtype."""
+    wanted = batch.logits_rows + batch.prompt_rows
+    token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, wanted))
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
     keep = {"logits_to_keep": rows} if runner.takes_rows else {}
     with forward_context(AttentionMetadata.from_batch(batch, runner.device), runner.backend), runner.detour.to(layers):
@@ -288,7 +304,7 @@ def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]],
     logits: Tensor = output.logits[0]
     return logits if runner.takes_rows else logits[rows]
 
-# %% ../../nbs/13_model_runner.ipynb #c0f4bc2a
+# %% ../../nbs/13_model_runner.ipynb #ab197ccf
 PROBE_LENS = (7, 5)  # tokens of the two sequences of the self-check
 
 
@@ -312,7 +328,7 @@ def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array
         logits = step_logits(runner, layers, batch)
     return logits.float()
 
-# %% ../../nbs/13_model_runner.ipynb #c2f03c52
+# %% ../../nbs/13_model_runner.ipynb #3c4daef0
 @torch.inference_mode()
 def own_logits(model: PreTrainedModel, probes: list[array[int]], first: int | None = None) -> Tensor:  # [S, V] float32
     """The logits after each sequence by the model's own forward, its positions counted from `first`, or as it likes."""
@@ -346,7 +362,7 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
 
-# %% ../../nbs/13_model_runner.ipynb #7dc98e92
+# %% ../../nbs/13_model_runner.ipynb #8352116b
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 

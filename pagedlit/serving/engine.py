@@ -4,38 +4,35 @@
 """The loop: schedule, run, update; over any `Runner`, be it a model on a GPU or a toy that makes every mistake visible.
 
 Contract: `add_request` takes token ids; `step` runs one batch and returns the sequences that moved; `abort` works in any state;
-`fork` splits a sequence in two. A failing step costs time, never blocks: its sequences are computed again.
+`fork` splits a sequence in two. A failing step costs time, never blocks: its sequences are computed again, one by one, and the one
+that cannot be computed ends with an error. The others do not notice.
 
 Invariants: every reference in the pool is accounted for between steps; when nothing is left to do, the pool is whole.
 """
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from itertools import chain, count, repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import num_blocks_for
 from ..memory.prefix_cache import PrefixCache
-from .scheduler import ForwardBatch, Scheduler
+from .scheduler import ForwardBatch, RunnerOutput, Scheduler
 from .sequence import InvalidRequest, SamplingParams, Sequence, SequenceStatus
 
 # %% auto #0
-__all__ = ['RunnerOutput', 'Runner', 'toy_value', 'toy_token', 'toy_reference', 'toy_text', 'ToyRunner', 'to_tokens', 'mix_seed',
-           'new_sequence', 'check_fork', 'clone', 'Registry', 'run_step', 'Engine', 'build_engine']
+__all__ = ['SIGN_BYTES', 'Runner', 'toy_value', 'toy_token', 'toy_reference', 'toy_text', 'ToyRunner', 'to_tokens', 'mix_seed',
+           'clone', 'new_sequence', 'check_fork', 'new_fork', 'Registry', 'BrokenRunner', 'run_step', 'RequestFailed',
+           'failed', 'Engine', 'run_or_suspect', 'build_engine']
 
-# %% ../../nbs/07_engine.ipynb #397a722a
-class RunnerOutput(NamedTuple):
-    """What a step brought."""
-
-    token_ids: SequenceOf[int]  # [R] one sampled token for each of the batch's `logits_rows`
-
-
+# %% ../../nbs/07_engine.ipynb #7861af4a
 class Runner(Protocol):
     """Whatever can run a step: applies the copies, writes K and V by slot, reads through the block tables, samples."""
 
@@ -113,14 +110,17 @@ class ToyRunner:
         s = bisect_right(batch.query_start_loc, batch.logits_rows[r]) - 1
         return toy_token(self.read(batch, s, batch.seq_lens[s]), batch.seeds[r], batch.sampling[r], self.vocab_size)
 
-# %% ../../nbs/07_engine.ipynb #f1652091
+# %% ../../nbs/07_engine.ipynb #0b731e30
+SIGN_BYTES = slice(3 if sys.byteorder == "little" else 0, None, 4)  # of int32s as bytes: their top bit is the sign
+
+
 def to_tokens(token_ids: SequenceOf[int]) -> array[int]:
     """Token ids as int32. Raises `InvalidRequest` for an empty prompt or what is no token id."""
     try:
         tokens = array("i", list(token_ids))
     except (TypeError, OverflowError) as error:
         raise InvalidRequest(f"a prompt is a sequence of token ids: {error}") from error
-    if not tokens or min(tokens) < 0:
+    if not tokens or not tokens.tobytes()[SIGN_BYTES].isascii():  # `min` would look at each number in turn: slow for 32k of them
         raise InvalidRequest("the prompt is empty" if not tokens else f"token id {min(tokens)} is negative")
     return tokens
 
@@ -134,11 +134,22 @@ def mix_seed(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def new_sequence(seq_id: int, prompt_token_ids: SequenceOf[int], params: SamplingParams, seed: int) -> Sequence:
-    """A sequence with its own random stream. Raises `InvalidRequest`."""
-    tokens = to_tokens(prompt_token_ids)
+def clone(parent: Sequence, seq_id: int, params: SamplingParams, seed: int) -> Sequence:
+    """A waiting sequence with the same tokens and a random stream of its own."""
+    return replace(
+        parent, seq_id=seq_id, token_ids=parent.token_ids[:], params=params, seed=seed, arrival=seq_id,
+        status=SequenceStatus.WAITING, num_computed_tokens=0, num_preemptions=0, table=None, cursor=None,
+        held=False, forks=[], logprobs=parent.logprobs[:], prompt_logprobs=parent.prompt_logprobs[:],
+    )  # fmt: skip
+
+
+def new_sequence(ids: Iterator[int], prompt_token_ids: SequenceOf[int], params: SamplingParams, seed: int) -> Sequence:
+    """A sequence with its own random stream, and the `n - 1` that will split off it. Raises `InvalidRequest`."""
+    tokens, seq_id = to_tokens(prompt_token_ids), next(ids)
     own_seed = mix_seed(seed, seq_id) if params.seed is None else params.seed % 2**64
-    return Sequence(seq_id, tokens, len(tokens), params, own_seed, arrival=seq_id)
+    seq = Sequence(seq_id, tokens, len(tokens), params, own_seed, arrival=seq_id)
+    seq.forks = [clone(seq, next(ids), params, mix_seed(own_seed, index)) for index in range(1, params.n)]
+    return seq
 
 # %% ../../nbs/07_engine.ipynb #a3765725
 def check_fork(parent: Sequence, params: SamplingParams) -> None:
@@ -149,14 +160,12 @@ def check_fork(parent: Sequence, params: SamplingParams) -> None:
         raise InvalidRequest(f"max_tokens={params.max_tokens}: the parent has generated {parent.num_output_tokens} already")
 
 
-def clone(parent: Sequence, seq_id: int, params: SamplingParams, seed: int) -> Sequence:
-    """A waiting sequence with the same tokens and its own random stream. Raises `InvalidRequest`."""
+def new_fork(parent: Sequence, ids: Iterator[int], params: SamplingParams | None, seed: int) -> Sequence:
+    """A child that goes on from where its parent is, with a random stream of its own. Raises `InvalidRequest`."""
+    params = params or parent.params
     check_fork(parent, params)
-    return replace(
-        parent, seq_id=seq_id, token_ids=parent.token_ids[:], params=params, arrival=seq_id,
-        seed=mix_seed(seed, seq_id) if params.seed is None else mix_seed(params.seed, seq_id),
-        status=SequenceStatus.WAITING, num_computed_tokens=0, num_preemptions=0, table=None, cursor=None,
-    )
+    child_id = next(ids)
+    return clone(parent, child_id, params, mix_seed(seed if params.seed is None else params.seed, child_id))
 
 # %% ../../nbs/07_engine.ipynb #7833de7c
 class Registry:
@@ -173,41 +182,60 @@ class Registry:
         params: SamplingParams | None = None,  # by default all defaults: 16 tokens, sampled at random
     ) -> int:
         """Put a prompt in line; returns its sequence id. Raises `InvalidRequest` (`RequestTooLong` if it could never fit)."""
-        seq = new_sequence(next(self._ids), prompt_token_ids, params or SamplingParams(), self.seed)
+        seq = new_sequence(self._ids, prompt_token_ids, params or SamplingParams(), self.seed)
         self.scheduler.add(seq)
         self.sequences[seq.seq_id] = seq
         return seq.seq_id
 
-    def abort(self, seq_id: int) -> Sequence | None:
+    def finish(self, seq_id: int, reason: str, stop_reason: int | str | None = None) -> Sequence | None:
         """End a sequence, whatever it is doing; None if there is none of that id."""
         seq = self.sequences.pop(seq_id, None)
         if seq is not None:
-            self.scheduler.finish(seq, "abort")
+            self.scheduler.finish(seq, reason, stop_reason)
         return seq
+
+    def abort(self, seq_id: int) -> Sequence | None:
+        """End a sequence because nobody wants it any more; None if there is none of that id."""
+        return self.finish(seq_id, "abort")
 
     def fork(self, seq_id: int, params: SamplingParams | None = None) -> int:
         """Split an unfinished sequence in two that share all blocks; returns the new one's id. Raises `InvalidRequest`."""
         if seq_id not in self.sequences:
             raise InvalidRequest(f"sequence {seq_id} is not running or waiting, so it cannot be forked")
-        parent = self.sequences[seq_id]
-        child = clone(parent, next(self._ids), params or parent.params, self.seed)
-        self.scheduler.fork(parent, child)
+        child = new_fork(self.sequences[seq_id], self._ids, params, self.seed)
+        self.scheduler.fork(self.sequences[seq_id], child)
         self.sequences[child.seq_id] = child
         return child.seq_id
 
-# %% ../../nbs/07_engine.ipynb #1c4dd920
+# %% ../../nbs/07_engine.ipynb #33b8e086
+class BrokenRunner(RuntimeError):
+    """The runner does not keep its contract: a bug in it, and nobody's request."""
+
+
 def run_step(runner: Runner, scheduler: Scheduler, batch: ForwardBatch) -> list[Sequence]:
-    """Run a planned step and take its tokens in; when the runner fails, take the plan back and raise what it raised."""
+    """Run a planned step and take its results in; when the runner fails, take the plan back and raise what it raised."""
     try:
         output = runner.run(batch)
         num_tokens, num_rows = len(output.token_ids), len(batch.logits_rows)
-        assert num_tokens == num_rows, f"the runner returned {num_tokens} tokens for {num_rows} rows"
+        if num_tokens != num_rows:
+            raise BrokenRunner(f"the runner returned {num_tokens} tokens for {num_rows} rows")
     except BaseException:
         scheduler.rollback()
         raise
-    return scheduler.update(output.token_ids)
+    return scheduler.update(output)
 
-# %% ../../nbs/07_engine.ipynb #e8f043c0
+# %% ../../nbs/07_engine.ipynb #43519b38
+class RequestFailed(RuntimeError):
+    """The model failed on this request twice, the second time with nothing else in the batch. What it raised is the cause."""
+
+
+def failed(error: Exception) -> RequestFailed:
+    """What the request that brought the model down gets."""
+    failure = RequestFailed(f"the model cannot compute this request: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+# %% ../../nbs/07_engine.ipynb #3a6c38c3
 class Engine(Registry):
     """Serves requests through one runner and one scheduler."""
 
@@ -219,13 +247,16 @@ class Engine(Registry):
     ) -> None:
         super().__init__(scheduler, seed)
         self.runner = runner
+        self.suspects: list[Sequence] = []  # of a step that failed: each is run alone
 
     def step(self) -> list[Sequence]:
-        """Run one batch; returns the sequences that got a token, finished ones included. Raises what the runner raises."""
-        batch = self.scheduler.schedule()
-        assert batch or not self.sequences, "sequences wait, but none can run"
-        moved = run_step(self.runner, self.scheduler, batch) if batch else []
+        """Run one batch; returns the sequences that got a token or failed, finished ones included."""
+        self.suspects = [seq for seq in self.suspects if seq.seq_id in self.sequences]
+        batch = self.scheduler.schedule(only=self.suspects[0] if self.suspects else None)
+        assert batch or all(seq.held for seq in self.sequences.values()), "sequences wait, but none can run"
+        moved = run_or_suspect(self, batch) if batch else []
         for seq in moved:
+            self.sequences[seq.seq_id] = seq  # those that have just split off are new here
             if seq.status is SequenceStatus.FINISHED:
                 del self.sequences[seq.seq_id]
         return moved
@@ -241,7 +272,24 @@ class Engine(Registry):
         known = {seq.seq_id: seq for seq in chain(self.scheduler.running, self.scheduler.waiting)}
         assert self.sequences == known, "the engine and the scheduler disagree on who is served"
 
-# %% ../../nbs/07_engine.ipynb #6fd798ba
+# %% ../../nbs/07_engine.ipynb #91764584
+def run_or_suspect(engine: Engine, batch: ForwardBatch) -> list[Sequence]:
+    """Run a planned batch; if it fails, find out whose fault it is, in this step or in the next ones."""
+    seqs = [seq for seq, _ in engine.scheduler.scheduled]
+    try:
+        moved = run_step(engine.runner, engine.scheduler, batch)
+    except BrokenRunner:
+        raise
+    except Exception as error:
+        if not engine.suspects:
+            engine.suspects = seqs
+            return []
+        moved = [seqs[0], *seqs[0].forks]
+        engine.scheduler.finish(seqs[0], "error", error=failed(error))
+    engine.suspects = [seq for seq in engine.suspects if seq not in moved]
+    return moved
+
+# %% ../../nbs/07_engine.ipynb #6c62ded7
 def build_engine(
     runner: Runner,  # what computes
     num_blocks: int,  # blocks in its pool

@@ -4,11 +4,11 @@
 """Continuous batching: every step fills a token budget with decodes and chunks of prefills, under a block budget.
 
 Contract: `schedule` picks the next step's tokens, makes their slots writable and returns a `ForwardBatch`; after the step has
-run, `update` takes the sampled tokens in. There are no prefill and decode modes: a sequence gets the tokens it is
+run, `update` takes the sampled tokens in, `rollback` forgets a step that failed. There are no prefill and decode modes: a sequence gets the tokens it is
 behind, as far as the budget goes. When blocks run out, the last in order is preempted: its blocks go back, its tokens stay, and
-it is computed again later, from its old place in the order.
+it is computed again later, from its old place in the order. Several answers to a prompt are one sequence up to the first token.
 
-Invariants: `running` and `waiting` are sorted by (priority, arrival); the first in order gets at least one token in every step; a
+Invariants: `running` and `waiting` are sorted by (priority, arrival); the first in order that is not held gets at least one token in every step; a
 running sequence holds exactly the blocks that its computed tokens need; between steps, every reference in the pool belongs to a
 running sequence or to the prefix cache.
 """
@@ -17,21 +17,27 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, count, islice
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..memory.allocator import OutOfBlocks
-from ..memory.block_table import num_blocks_for
+from ..memory.block_table import BlockTable, num_blocks_for
 from ..memory.copy_on_write import BlockCopy, fork, prepare_write
-from ..memory.prefix_cache import PrefixCache, PrefixMatch, idle_nodes
-from .sequence import RequestTooLong, SamplingParams, Sequence, SequenceStatus, by_order, stop_reason_of
+from ..memory.prefix_cache import PrefixCache, PrefixMatch, forget, idle_nodes
+from .sequence import History, Logprob, RequestTooLong, SamplingParams, Sequence, SequenceStatus
+from .sequence import by_order, namespace_of, num_reusable_tokens, stop_reason_of, tokens_banned
 
 # %% auto #0
-__all__ = ['ForwardBatch', 'Scheduled', 'take_out', 'SchedulerState', 'check_queues', 'check_holders', 'publish', 'give_back',
-           'retire', 'Roster', 'find_room', 'start_running', 'requeue', 'preempt_last', 'schedule_one',
-           'schedule_running', 'num_owed_blocks', 'admit_waiting', 'take_in', 'Scheduler']
+__all__ = ['NOTHING', 'ForwardBatch', 'add_rows', 'ask_for_token', 'positions_to_rate', 'ask_for_prompt', 'RunnerOutput',
+           'Scheduled', 'take_out', 'SchedulerState', 'check_queues', 'check_holders', 'publish', 'give_back', 'retire',
+           'disown', 'Roster', 'find_room', 'start_running', 'requeue', 'preempt', 'schedule_one', 'schedule_running',
+           'num_owed_blocks', 'admit_waiting', 'make_held_give_way', 'schedule_alone', 'append_token', 'take_tokens',
+           'take_in', 'Scheduler']
 
 # %% ../../nbs/06_scheduler.ipynb #8147be20
 @dataclass(slots=True)
@@ -50,29 +56,82 @@ class ForwardBatch:
     seeds: array[int] = field(default_factory=lambda: array("Q"))  # [R] of each sampled sequence's random stream
     output_lens: array[int] = field(default_factory=lambda: array("i"))  # [R] tokens it has generated so far
     sampling: list[SamplingParams] = field(default_factory=list)  # [R]
+    histories: dict[int, History] = field(default_factory=dict)  # by index in [R], for those whose logits depend on it
+    prompt_rows: array[int] = field(default_factory=lambda: array("i"))  # [P] rows of T whose next token is in the prompt, and in question
+    prompt_targets: array[int] = field(default_factory=lambda: array("i"))  # [P] that token
+    prompt_tops: list[int] = field(default_factory=list)  # [P] how many of the most likely tokens to name beside it
     copies: list[BlockCopy] = field(default_factory=list)  # applied before anything is written
     seq_ids: list[int] = field(default_factory=list)  # [S]
 
-    def add(self, seq: Sequence, num_tokens: int, copies: SequenceOf[BlockCopy]) -> None:
+    def add(self, seq: Sequence, num_tokens: int, copies: SequenceOf[BlockCopy], eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Append the next `num_tokens` tokens of a sequence whose slots are writable."""
         assert seq.table is not None, "only a running sequence can be scheduled"
         start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        self.token_ids.extend(seq.token_ids[start:stop])
-        self.positions.extend(range(start, stop))
-        self.slot_mapping.extend(seq.table.slot_mapping(start, stop) if num_tokens > 1 else [seq.table.slot(start)])
+        add_rows(self, seq.token_ids, seq.table, start, stop)
         self.query_start_loc.append(len(self.token_ids))
         self.seq_lens.append(stop)
         self.block_tables.extend(seq.table.block_ids)
         self.block_table_start.append(len(self.block_tables))
         self.seq_ids.append(seq.seq_id)
         self.copies.extend(copies)
+        if seq.params.prompt_logprobs is not None:
+            ask_for_prompt(self, seq, num_tokens)
         if stop == len(seq.token_ids):
-            self.logits_rows.append(len(self.token_ids) - 1)
-            self.seeds.append(seq.seed)
-            self.output_lens.append(seq.num_output_tokens)
-            self.sampling.append(seq.params)
+            for each in (seq, *seq.forks):
+                ask_for_token(self, each, eos_token_ids)
 
-# %% ../../nbs/06_scheduler.ipynb #5eb6215d
+# %% ../../nbs/06_scheduler.ipynb #dff129af
+def add_rows(batch: ForwardBatch, token_ids: array[int], table: BlockTable, start: int, stop: int) -> None:
+    """Append token, position and slot of each of the positions `start .. stop - 1`."""
+    if stop - start == 1:
+        batch.token_ids.append(token_ids[start])
+        batch.positions.append(start)
+        batch.slot_mapping.append(table.slot(start))
+    else:
+        batch.token_ids.extend(token_ids[start:stop])
+        batch.positions.extend(range(start, stop))
+        batch.slot_mapping.extend(table.slot_mapping(start, stop))
+
+
+def ask_for_token(batch: ForwardBatch, seq: Sequence, eos_token_ids: frozenset[int]) -> None:
+    """Let a token of this sequence be sampled from the last row."""
+    num_output_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+    if seq.params.penalizes or num_output_tokens < seq.params.min_tokens:
+        batch.histories[len(batch.logits_rows)] = History(seq.token_ids, seq.num_prompt_tokens, tokens_banned(seq, eos_token_ids))
+    batch.logits_rows.append(len(batch.token_ids) - 1)
+    batch.seeds.append(seq.seed)
+    batch.output_lens.append(num_output_tokens)
+    batch.sampling.append(seq.params)
+
+
+def positions_to_rate(seq: Sequence, num_tokens: int) -> range:
+    """The positions among the next `num_tokens` whose logits say how likely a token of the prompt was, and have not said so yet."""
+    start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+    return range(max(start, len(seq.prompt_logprobs)), min(stop, seq.num_prompt_tokens - 1))
+
+
+def ask_for_prompt(batch: ForwardBatch, seq: Sequence, num_tokens: int) -> None:
+    """Let the tokens of the prompt that come after these positions be rated."""
+    assert seq.params.prompt_logprobs is not None, "nobody has asked"
+    rated = positions_to_rate(seq, num_tokens)
+    first_row = len(batch.token_ids) - num_tokens - seq.num_computed_tokens
+    batch.prompt_rows.extend(first_row + position for position in rated)
+    batch.prompt_targets.extend(seq.token_ids[position + 1] for position in rated)
+    batch.prompt_tops.extend([seq.params.prompt_logprobs] * len(rated))
+
+# %% ../../nbs/06_scheduler.ipynb #316182b6
+NOTHING: Mapping[int, Any] = MappingProxyType({})
+
+
+class RunnerOutput(NamedTuple):
+    """What a step brought."""
+
+    token_ids: SequenceOf[int]  # [R] one sampled token for each of the batch's `logits_rows`
+    logprobs: Mapping[int, dict[int, Logprob]] = NOTHING  # by index in [R]: of the token and of its rivals, where asked for
+    prompt_logprobs: SequenceOf[dict[int, Logprob]] = ()  # [P] of the batch's `prompt_targets`
+    errors: Mapping[int, Exception] = NOTHING  # by index in [R]: why there is no token
+
+# %% ../../nbs/06_scheduler.ipynb #c96b3d70
 class Scheduled(NamedTuple):
     """A sequence's share of a step."""
 
@@ -86,7 +145,7 @@ def take_out(queue: list[Sequence], seq: Sequence) -> None:
     assert queue[index] is seq, "a sequence is not at its place in the queue"
     del queue[index]
 
-# %% ../../nbs/06_scheduler.ipynb #b6bba270
+# %% ../../nbs/06_scheduler.ipynb #6957310a
 class SchedulerState:
     """The limits, the pool, and who waits and who runs, both in order."""
 
@@ -97,6 +156,7 @@ class SchedulerState:
         max_num_seqs: int = 256,  # sequences that may hold blocks at a time
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the pool holds
         eos_token_ids: SequenceOf[int] = (),  # tokens that end an answer
+        clock: Callable[[], float] = perf_counter,  # what time it is, in seconds; a simulation has its own
     ) -> None:
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"budgets must be positive: {max_num_batched_tokens=}, {max_num_seqs=}")
@@ -104,7 +164,7 @@ class SchedulerState:
         self.cache, self.events, self.block_size = cache, cache.events, cache.block_size
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.max_model_len = capacity if max_model_len is None else min(max_model_len, capacity)
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids, self.clock = frozenset(eos_token_ids), clock
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.scheduled: list[Scheduled] = []  # the step in flight
@@ -116,7 +176,7 @@ class SchedulerState:
         check_queues(self)
         check_holders(self)
 
-# %% ../../nbs/06_scheduler.ipynb #aa6abc03
+# %% ../../nbs/06_scheduler.ipynb #309aa40f
 def check_queues(state: SchedulerState) -> None:
     """Assert that both queues are in order, and that the blocks of each sequence fit its status and its computed tokens."""
     for queue in (state.running, state.waiting):
@@ -137,7 +197,7 @@ def check_holders(state: SchedulerState) -> None:
     assert [holders[b] for b in range(cache.num_blocks)] == cache.allocator.ref_counts, "a block has leaked, or was freed too early"
     assert cache.num_free + len(set(chain(*tables))) == cache.num_blocks, "free and held blocks do not add up"
 
-# %% ../../nbs/06_scheduler.ipynb #21251e5b
+# %% ../../nbs/06_scheduler.ipynb #adc7e112
 def publish(cache: PrefixCache, seq: Sequence, with_tail: bool = False) -> None:
     """Publish the blocks that the sequence has filled since the last time."""
     assert seq.table is not None and seq.cursor is not None, "only a running sequence can publish"
@@ -158,7 +218,16 @@ def retire(cache: PrefixCache, seq: Sequence) -> None:
     publish(cache, seq, with_tail=True)
     give_back(seq)
 
-# %% ../../nbs/06_scheduler.ipynb #9259c65f
+
+def disown(cache: PrefixCache, seq: Sequence) -> None:
+    """Give the blocks back, and let nobody hit what the sequence alone has brought into the cache: it may be wrong."""
+    node = seq.cursor
+    give_back(seq)
+    while node is not None and cache.nodes.get(node.block_id) is node and not node.children and idle_nodes(cache, [node.block_id]):
+        node, leaf = node.parent, node
+        forget(cache, leaf, "evicted")
+
+# %% ../../nbs/06_scheduler.ipynb #9c6fd519
 class Roster(SchedulerState):
     """Who is served: sequences enter, split in two, and leave."""
 
@@ -176,23 +245,26 @@ class Roster(SchedulerState):
             child.num_computed_tokens, child.status = parent.num_computed_tokens, SequenceStatus.RUNNING
         insort(self.waiting if child.table is None else self.running, child, key=by_order)
 
-    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence in any state; its blocks are free, or cached, at once. Ending it twice does nothing."""
+    def finish(
+        self, seq: Sequence, reason: str, stop_reason: int | str | None = None, error: Exception | None = None
+    ) -> None:
+        """End a sequence in any state, with those who would split off it; its blocks are free, or cached, at once. Twice does nothing."""
         if seq.status is SequenceStatus.FINISHED:
             return
         take_out(self.waiting if seq.table is None else self.running, seq)
         if seq.table is not None:
-            retire(self.cache, seq)
-        seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
-        if self.events:
-            self.events.emit("finished", seq_id=seq.seq_id, num_tokens=len(seq.token_ids), step=max(0, self.num_steps - 1))
+            retire(self.cache, seq) if error is None else disown(self.cache, seq)
+        for each in (seq, *seq.forks):
+            each.status, each.finish_reason, each.stop_reason, each.error = SequenceStatus.FINISHED, reason, stop_reason, error
+            if self.events:
+                self.events.emit("finished", seq_id=each.seq_id, num_tokens=len(each.token_ids), step=max(0, self.num_steps - 1))
 
-# %% ../../nbs/06_scheduler.ipynb #3ee31502
+# %% ../../nbs/06_scheduler.ipynb #c0f4135a
 def find_room(cache: PrefixCache, seq: Sequence, num_owed: int) -> PrefixMatch | None:
     """The prefix to start from, if the rest of the sequence fits beside the `num_owed` blocks promised to others."""
     if num_owed >= cache.num_free:  # it needs one block at least: no use in looking for a prefix
         return None
-    match = cache.match(seq.token_ids, seq.namespace, max_tokens=len(seq.token_ids) - 1)
+    match = cache.match(seq.token_ids, namespace_of(seq), max_tokens=num_reusable_tokens(seq))
     num_blocks = num_blocks_for(len(seq.token_ids), cache.block_size)
     for candidate in (match, match.whole_blocks(cache.block_size)):
         num_new = num_blocks - len(candidate.block_ids) + candidate.is_partial
@@ -200,18 +272,18 @@ def find_room(cache: PrefixCache, seq: Sequence, num_owed: int) -> PrefixMatch |
             return candidate
     return None
 
-# %% ../../nbs/06_scheduler.ipynb #744c84a1
+# %% ../../nbs/06_scheduler.ipynb #9876b0d1
 def start_running(state: SchedulerState, seq: Sequence, match: PrefixMatch) -> None:
     """Move a waiting sequence to its place among the running, with a table over the blocks that match."""
     take_out(state.waiting, seq)
     seq.table, seq.cursor = state.cache.acquire(match, seq.seq_id), match.cursor
     seq.num_computed_tokens = match.num_tokens
-    if seq.status is SequenceStatus.WAITING:
-        seq.num_cached_tokens = min(match.num_tokens, seq.num_prompt_tokens)
+    if seq.admitted_time is None:
+        seq.num_cached_tokens, seq.admitted_time = min(match.num_tokens, seq.num_prompt_tokens), state.clock()
     seq.status = SequenceStatus.RUNNING
     insort(state.running, seq, key=by_order)
 
-# %% ../../nbs/06_scheduler.ipynb #c49e4d22
+# %% ../../nbs/06_scheduler.ipynb #e3e7906a
 def requeue(state: SchedulerState, seq: Sequence) -> None:
     """Put a running sequence, whose blocks are gone, back in line at its old place."""
     take_out(state.running, seq)
@@ -221,13 +293,12 @@ def requeue(state: SchedulerState, seq: Sequence) -> None:
         state.events.emit("preempted", seq_id=seq.seq_id, step=state.num_steps)
 
 
-def preempt_last(state: SchedulerState) -> None:
-    """Take the blocks of the last in order; it keeps its tokens and its place."""
-    seq = state.running[-1]
+def preempt(state: SchedulerState, seq: Sequence) -> None:
+    """Take a running sequence's blocks; it keeps its tokens and its place."""
     retire(state.cache, seq)
     requeue(state, seq)
 
-# %% ../../nbs/06_scheduler.ipynb #203d9658
+# %% ../../nbs/06_scheduler.ipynb #bf0b0ec3
 def schedule_one(state: SchedulerState, batch: ForwardBatch, seq: Sequence, num_tokens: int) -> None:
     """Make the slots of the next tokens writable, preempting from the end of the line, and add them to the batch."""
     while seq.status is SequenceStatus.RUNNING:
@@ -235,33 +306,33 @@ def schedule_one(state: SchedulerState, batch: ForwardBatch, seq: Sequence, num_
         try:
             copies = prepare_write(seq.table, seq.num_computed_tokens, seq.num_computed_tokens + num_tokens)
         except OutOfBlocks:
-            preempt_last(state)
+            preempt(state, state.running[-1])
             continue
-        batch.add(seq, num_tokens, copies)
+        batch.add(seq, num_tokens, copies, state.eos_token_ids)
         state.scheduled.append(Scheduled(seq, num_tokens))
         if state.events:
             state.events.emit("scheduled", seq.table.block_ids, seq.seq_id, num_tokens, state.num_steps)
         return
 
-# %% ../../nbs/06_scheduler.ipynb #0f592a2d
+# %% ../../nbs/06_scheduler.ipynb #6cc8376c
 def schedule_running(state: SchedulerState, batch: ForwardBatch) -> int:
     """Give running sequences their tokens, in order; decodes first in line for the budget. Returns how many were preempted."""
     budget, num_running = state.max_num_batched_tokens, len(state.running)
-    num_decodes = sum(seq.num_behind == 1 for seq in state.running)
-    index = 0
-    while index < len(state.running):  # preemption shortens it from the end
-        seq = state.running[index]
+    entitled = [seq for seq in state.running if not seq.held]
+    num_decodes = sum(seq.num_behind == 1 for seq in entitled)
+    for seq in entitled:
+        if seq.status is not SequenceStatus.RUNNING:  # preempted meanwhile, and so are all behind it
+            break
         num_behind = seq.num_behind
         num_decodes -= num_behind == 1
         room = budget - len(batch.token_ids) - (num_decodes if num_behind > 1 else 0)
-        if index == 0:
+        if seq is entitled[0]:
             room = max(room, 1)  # whatever the decodes behind it need, the first in order moves
         if room > 0:
             schedule_one(state, batch, seq, min(num_behind, room))
-        index += 1
     return num_running - len(state.running)
 
-# %% ../../nbs/06_scheduler.ipynb #eb1878b6
+# %% ../../nbs/06_scheduler.ipynb #b8a5175c
 def num_owed_blocks(state: SchedulerState) -> int:
     """Blocks that the running sequences still need for the tokens they have already."""
     return sum(num_blocks_for(len(seq.token_ids), state.block_size) - len(seq.table or ()) for seq in state.running)
@@ -270,8 +341,8 @@ def num_owed_blocks(state: SchedulerState) -> int:
 def admit_waiting(state: SchedulerState, batch: ForwardBatch) -> None:
     """Let waiting sequences in, in order, while there is budget and room for the whole of what they have to compute."""
     num_owed = num_owed_blocks(state) if state.waiting else 0
-    while state.waiting and len(state.running) < state.max_num_seqs:
-        seq, room = state.waiting[0], state.max_num_batched_tokens - len(batch.token_ids)
+    while len(state.running) < state.max_num_seqs and (seq := next((each for each in state.waiting if not each.held), None)):
+        room = state.max_num_batched_tokens - len(batch.token_ids)
         match = find_room(state.cache, seq, num_owed) if room > 0 else None
         if match is None:
             return
@@ -279,39 +350,88 @@ def admit_waiting(state: SchedulerState, batch: ForwardBatch) -> None:
         schedule_one(state, batch, seq, min(room, seq.num_behind))
         num_owed += num_blocks_for(len(seq.token_ids), state.block_size) - len(seq.table or ())
 
-# %% ../../nbs/06_scheduler.ipynb #5b5d9af3
-def take_in(state: SchedulerState, token_ids: SequenceOf[int]) -> list[Sequence]:
-    """Count what the step has computed, publish it, and append each sampled token. Returns the sequences that got one."""
-    tokens, sampled = iter(token_ids), []
-    for seq, num_tokens in state.scheduled:
-        seq.num_computed_tokens += num_tokens
-        if seq.num_computed_tokens == len(seq.token_ids):
-            seq.token_ids.append(next(tokens))
-            sampled.append(seq)
-        publish(state.cache, seq)
-    state.scheduled = []
-    return sampled
+# %% ../../nbs/06_scheduler.ipynb #e69ad2a6
+def make_held_give_way(state: SchedulerState, batch: ForwardBatch) -> None:
+    """Preempt held sequences, from the end, until somebody else can be scheduled."""
+    held = [seq for seq in state.running if seq.held]
+    while held and not state.scheduled and not all(seq.held for seq in state.waiting):
+        preempt(state, held.pop())
+        admit_waiting(state, batch)
 
-# %% ../../nbs/06_scheduler.ipynb #a3d63b5a
+
+def schedule_alone(state: SchedulerState, batch: ForwardBatch, seq: Sequence) -> None:
+    """Schedule one sequence; all others wait, and every block is there for it."""
+    for other in [each for each in reversed(state.running) if each is not seq]:
+        preempt(state, other)
+    if seq.status is not SequenceStatus.RUNNING:
+        match = find_room(state.cache, seq, 0)
+        assert match is not None, "a sequence that is alone fits"
+        start_running(state, seq, match)
+    schedule_one(state, batch, seq, min(seq.num_behind, state.max_num_batched_tokens))
+
+# %% ../../nbs/06_scheduler.ipynb #362eccbe
+def append_token(seq: Sequence, row: int, output: RunnerOutput) -> None:
+    """Take in the token that was sampled for a sequence, with its log-probabilities if there are any."""
+    seq.token_ids.append(output.token_ids[row])
+    if row in output.logprobs:
+        seq.logprobs.append(output.logprobs[row])
+
+
+def take_tokens(state: Roster, answers: list[Sequence], rows: list[int], output: RunnerOutput) -> None:
+    """Give each answer to a prompt its token; all but the first split off now. They come from one row of logits, and fail together."""
+    seq = answers[0]
+    if error := next((output.errors[row] for row in rows if row in output.errors), None):
+        state.finish(seq, "error", error=error)
+        return
+    for each, row in zip(answers, rows, strict=True):
+        append_token(each, row, output)
+    publish(state.cache, seq)
+    seq.forks = []
+    for child in answers[1:]:
+        child.num_cached_tokens, child.admitted_time, child.prompt_logprobs = seq.num_cached_tokens, seq.admitted_time, seq.prompt_logprobs
+        state.fork(seq, child)
+
+
+def take_in(state: Roster, output: RunnerOutput) -> list[Sequence]:
+    """Count what the step has computed, publish it, and append each sampled token. Returns the sequences that got one, or failed."""
+    rows, rated, moved = count(), iter(output.prompt_logprobs), []
+    for seq, num_tokens in state.scheduled:
+        if seq.params.prompt_logprobs is not None:
+            seq.prompt_logprobs.extend(islice(rated, len(positions_to_rate(seq, num_tokens))))
+        seq.num_computed_tokens += num_tokens
+        if seq.num_behind:
+            publish(state.cache, seq)
+        else:
+            answers = [seq, *seq.forks]
+            take_tokens(state, answers, list(islice(rows, len(answers))), output)
+            moved += answers
+    state.scheduled = []
+    return moved
+
+# %% ../../nbs/06_scheduler.ipynb #32b06fcd
 class Scheduler(Roster):
     """Decides what runs in the next step."""
 
-    def schedule(self) -> ForwardBatch | None:
-        """Plan the next step; None when there is nothing to run."""
+    def schedule(self, only: Sequence | None = None) -> ForwardBatch | None:
+        """Plan the next step, or the next step of one sequence alone; None when there is nothing to run."""
         assert not self.scheduled, "the last step was not updated"
         batch = ForwardBatch(self.block_size)
-        if not schedule_running(self, batch):
+        if only is not None:
+            schedule_alone(self, batch, only)
+        elif not schedule_running(self, batch):
             admit_waiting(self, batch)
+        if not self.scheduled:
+            make_held_give_way(self, batch)
         self.num_steps += bool(self.scheduled)
         return batch if self.scheduled else None
 
-    def update(self, token_ids: SequenceOf[int]) -> list[Sequence]:
-        """Take in the tokens sampled in the step in flight. Returns the sequences that got one, finished ones included."""
-        sampled = take_in(self, token_ids)
-        for seq in sampled:
-            if reason := stop_reason_of(seq, self.eos_token_ids, self.max_model_len):
+    def update(self, output: RunnerOutput) -> list[Sequence]:
+        """Take in the results of the step in flight. Returns the sequences that got a token or failed, finished ones included."""
+        moved = take_in(self, output)
+        for seq in moved:
+            if seq.status is not SequenceStatus.FINISHED and (reason := stop_reason_of(seq, self.eos_token_ids, self.max_model_len)):
                 self.finish(seq, *reason)
-        return sampled
+        return moved
 
     def rollback(self) -> None:
         """The step in flight has failed: its sequences are computed again, and nothing that it touched is published."""

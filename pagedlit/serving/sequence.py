@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from ..memory.block_table import BlockTable
 from ..memory.prefix_cache import CacheNode
 
 # %% auto #0
-__all__ = ['PARAM_RULES', 'InvalidRequest', 'RequestTooLong', 'is_int', 'is_number', 'SamplingParams', 'SequenceStatus',
-           'Sequence', 'by_order', 'stop_reason_of']
+__all__ = ['PARAM_RULES', 'InvalidRequest', 'RequestTooLong', 'is_int', 'is_number', 'as_list', 'check_rules', 'SamplingParams',
+           'Logprob', 'History', 'SequenceStatus', 'Sequence', 'num_reusable_tokens', 'by_order', 'namespace_of',
+           'stop_reason_of', 'tokens_banned']
 
 # %% ../../nbs/06_requests.ipynb #98fd8a00
 class InvalidRequest(ValueError):
@@ -49,26 +52,41 @@ def is_number(value: object, low: float, high: float = math.inf) -> bool:
     """A finite number within `[low, high]`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
 
+
+def as_list(value: object) -> list[object]:
+    """Several values, one, or None, as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
 # %% ../../nbs/06_requests.ipynb #bddfe579
 PARAM_RULES = (  # name, what is accepted, in words
-    ("n", lambda v: is_int(v) and v == 1, "1 (more than one answer a request is not supported yet)"),
+    ("n", lambda v: is_int(v, 1), "an int >= 1"),
     ("temperature", lambda v: is_number(v, 0), "a finite number >= 0"),
     ("top_p", lambda v: is_number(v, 0, 1) and v > 0, "in (0, 1]"),
     ("top_k", lambda v: is_int(v, -1), "an int >= 1, or 0 or -1 for all tokens"),
     ("min_p", lambda v: is_number(v, 0, 1), "in [0, 1]"),
     ("seed", lambda v: v is None or is_int(v), "an int or None"),
     ("max_tokens", lambda v: is_int(v, 1), "an int >= 1"),
-    ("min_tokens", lambda v: is_int(v, 0) and v == 0, "0 (not supported yet)"),
-    ("stop", lambda v: v is None or v == [], "None (stop strings are not supported yet; see stop_token_ids)"),
+    ("min_tokens", lambda v: is_int(v, 0), "an int >= 0"),
+    ("stop", lambda v: all(isinstance(s, str) and s for s in as_list(v)), "a string that is not empty, a list of them, or None"),
     ("stop_token_ids", lambda v: v is None or isinstance(v, (list, tuple)) and all(is_int(t, 0) for t in v), "a list of token ids, or None"),
     ("ignore_eos", lambda v: isinstance(v, bool), "True or False"),
-    ("logprobs", lambda v: v is None, "None (not supported yet)"),
-    ("presence_penalty", lambda v: v == 0, "0 (not supported yet)"),
-    ("frequency_penalty", lambda v: v == 0, "0 (not supported yet)"),
-    ("repetition_penalty", lambda v: v == 1, "1 (not supported yet)"),
+    ("logprobs", lambda v: v is None or is_int(v, 0), "an int >= 0, or None"),
+    ("prompt_logprobs", lambda v: v is None or is_int(v, 0), "an int >= 0, or None"),
+    ("presence_penalty", lambda v: is_number(v, -2, 2), "in [-2, 2]"),
+    ("frequency_penalty", lambda v: is_number(v, -2, 2), "in [-2, 2]"),
+    ("repetition_penalty", lambda v: is_number(v, 0) and v > 0, "a finite number > 0"),
     ("cache_salt", lambda v: v is None or isinstance(v, str), "a string or None"),
     ("priority", lambda v: is_int(v), "an int"),
 )
+
+
+def check_rules(params: Any) -> None:
+    """Raise `InvalidRequest` for a value that makes no sense, by itself or beside another."""
+    for name, is_valid, meaning in PARAM_RULES:
+        if not is_valid(value := getattr(params, name)):
+            raise InvalidRequest(f"{name}={value!r}: must be {meaning}")
+    if params.min_tokens > params.max_tokens:
+        raise InvalidRequest(f"min_tokens={params.min_tokens} contradicts max_tokens={params.max_tokens}: must not be larger")
 
 # %% ../../nbs/06_requests.ipynb #73315eee
 @dataclass(frozen=True)
@@ -86,7 +104,8 @@ class SamplingParams:
     stop: str | list[str] | None = None  # strings that end the answer
     stop_token_ids: list[int] | None = None  # tokens that end the answer
     ignore_eos: bool = False  # go on after the end-of-sequence token
-    logprobs: int | None = None  # log-probabilities to return for each token
+    logprobs: int | None = None  # return the log-probability of each token, and of so many of the most likely ones
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     presence_penalty: float = 0.0  # taken off the logit of every token already generated
     frequency_penalty: float = 0.0  # taken off once for each time it was generated
     repetition_penalty: float = 1.0  # divides the logits of tokens seen in the prompt or the answer
@@ -94,12 +113,35 @@ class SamplingParams:
     priority: int = 0  # lower goes first
 
     def __post_init__(self) -> None:
-        for name, is_valid, meaning in PARAM_RULES:
-            value = getattr(self, name)
-            if not is_valid(value):
-                raise InvalidRequest(f"{name}={value!r}: must be {meaning}")
+        check_rules(self)
 
-# %% ../../nbs/06_requests.ipynb #81526bd1
+    @cached_property
+    def penalizes(self) -> bool:
+        """Whether logits depend on what the tokens before were."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+    @cached_property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return tuple(str(each) for each in as_list(self.stop))
+
+# %% ../../nbs/06_requests.ipynb #5facc4e5
+class Logprob(NamedTuple):
+    """How likely a token was, by the model's own distribution: before penalties, temperature and filters."""
+
+    logprob: float  # natural logarithm
+    rank: int  # 1 = the most likely
+    decoded_token: str | None = None  # filled in where there is a tokenizer
+
+
+class History(NamedTuple):
+    """What a row's logits are adjusted by."""
+
+    token_ids: array[int]  # int32: the prompt, then what was generated
+    num_prompt_tokens: int
+    banned: frozenset[int] = frozenset()  # tokens that may not come yet
+
+# %% ../../nbs/06_requests.ipynb #a659afa3
 class SequenceStatus(Enum):
     """Where a sequence stands. Only a running one holds blocks."""
 
@@ -108,7 +150,7 @@ class SequenceStatus(Enum):
     PREEMPTED = "preempted"  # waiting again, at its old place, its blocks given back
     FINISHED = "finished"
 
-# %% ../../nbs/06_requests.ipynb #44e2ef1a
+# %% ../../nbs/06_requests.ipynb #d77aa7f0
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One prompt and its answer so far."""
@@ -125,6 +167,11 @@ class Sequence:
     num_preemptions: int = 0
     table: BlockTable | None = None  # while running
     cursor: CacheNode | None = None  # how far it has been published, while running
+    held: bool = False  # it gets no tokens until somebody has decided how it goes on
+    forks: list[Sequence] = field(default_factory=list)  # other answers to the prompt, which split off at the first token
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of each generated token and its rivals, if asked for
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the prompt's tokens from the second on, as far as computed
+    admitted_time: float | None = None  # when it first got a seat, by the scheduler's clock
     finish_reason: str | None = None  # stop, length, abort or error
     stop_reason: int | str | None = None  # the token or string that ended it, other than end-of-sequence
     error: Exception | None = None
@@ -144,24 +191,39 @@ class Sequence:
         """The generated tokens."""
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
-    @property
-    def namespace(self) -> Hashable:
-        """Whose prefixes it may share; tagged, so that a salt never equals another kind of key."""
-        return () if self.params.cache_salt is None else ("cache_salt", self.params.cache_salt)
+# %% ../../nbs/06_requests.ipynb #213ac5cc
+def num_reusable_tokens(seq: Sequence) -> int:
+    """Tokens that it may take from the cache: not the last one, and none whose log-probabilities it still has to see."""
+    num_seen = len(seq.prompt_logprobs)
+    wants_more = seq.params.prompt_logprobs is not None and num_seen < seq.num_prompt_tokens - 1
+    return num_seen if wants_more else len(seq.token_ids) - 1
 
-# %% ../../nbs/06_requests.ipynb #748ed8c4
+# %% ../../nbs/06_requests.ipynb #ba2b239b
 def by_order(seq: Sequence) -> tuple[int, int]:
     """Sort key: who goes first, by lower priority value, then by earlier arrival. No two sequences have the same."""
     return seq.params.priority, seq.arrival
 
-# %% ../../nbs/06_requests.ipynb #f6f297ee
+# %% ../../nbs/06_requests.ipynb #780c8778
+def namespace_of(seq: Sequence) -> Hashable:
+    """Whose prefixes it may share; tagged, so that a salt never equals another kind of key."""
+    return () if seq.params.cache_salt is None else ("cache_salt", seq.params.cache_salt)
+
+# %% ../../nbs/06_requests.ipynb #6dee9bce
 def stop_reason_of(seq: Sequence, eos_token_ids: frozenset[int], max_model_len: int) -> tuple[str, int | None] | None:
     """Why a sequence ends with its last token, as (finish_reason, stop_reason); None while it goes on."""
-    last, params = seq.token_ids[-1], seq.params
-    if last in eos_token_ids and not params.ignore_eos:
+    last, params, num_tokens = seq.token_ids[-1], seq.params, seq.num_output_tokens
+    if num_tokens > params.min_tokens and last in eos_token_ids and not params.ignore_eos:
         return "stop", None
-    if params.stop_token_ids and last in params.stop_token_ids:
+    if num_tokens > params.min_tokens and params.stop_token_ids and last in params.stop_token_ids:
         return "stop", last
-    if seq.num_output_tokens >= params.max_tokens or len(seq.token_ids) >= max_model_len:
+    if num_tokens >= params.max_tokens or len(seq.token_ids) >= max_model_len:
         return "length", None
     return None
+
+
+def tokens_banned(seq: Sequence, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that would end a sequence and may not come yet, because of `min_tokens`."""
+    params = seq.params
+    if seq.num_output_tokens >= params.min_tokens:
+        return frozenset()
+    return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_token_ids)
