@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 python_versions = [f"3.{minor}" for minor in range(int(cfg["min_python"].split(".")[1]), 14)]
-notebook, dev = cfg["notebook_requirements"].split(), cfg["dev_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "metrics", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -37,7 +37,7 @@ setup(
     package_data={"pagedlit": ["py.typed", "tiny/**/*", "kernels/configs/*.json"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={"notebook": notebook, "dev": dev},
+    extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -259,6 +259,7 @@ class MailRoom:
         self.requests: dict[str, Request] = {}  # unfinished ones
         self.mailbox: dict[str, Request] = {}  # of those who drive the loop themselves
         self.finished = Finished()
+        self.observers: list[Callable[[Request], None]] = []  # called with each request that has ended
         self.by_seq_id: dict[int, Request] = {}
         self._ids = count()
 
@@ -291,6 +292,8 @@ def deliver(room: MailRoom, request: Request) -> None:
     request.report()
     if request.finished:
         room.finished.count(request)
+        for observe in tuple(room.observers):
+            observe(request)
         del room.requests[request.request_id]
         for answer in request.answers:
             del room.by_seq_id[answer.seq.seq_id]

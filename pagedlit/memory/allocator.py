@@ -131,7 +131,7 @@ class BlockAllocator(BlockLedger):
         block_ids = [self._free.pop() for _ in range(num_blocks)]
         for block_id in block_ids:
             self.ref_counts[block_id] = 1
-        if self.events:
+        if self.events and block_ids:
             self.events.emit("allocated", block_ids)
         return block_ids
 
@@ -140,7 +140,7 @@ class BlockAllocator(BlockLedger):
         check_held(self.ref_counts, dict.fromkeys(block_ids, 1))
         for block_id in block_ids:
             self.ref_counts[block_id] += 1
-        if self.events:
+        if self.events and block_ids:
             self.events.emit("shared", block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -150,7 +150,7 @@ class BlockAllocator(BlockLedger):
             self.ref_counts[block_id] -= 1
             if not self.ref_counts[block_id]:
                 self._free.append(block_id)
-        if self.events:
+        if self.events and block_ids:
             self.events.emit("released", block_ids)
 
 # %% ../../nbs/02_allocator.ipynb #74a373f9
