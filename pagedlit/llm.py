@@ -30,6 +30,7 @@ from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.prefix_cache import PrefixCache
 from .serving.engine import Engine
+from .serving.policy import get_policy
 from .serving.scheduler import Scheduler
 from .serving.sequence import InvalidRequest, Logprob, SamplingParams, SequenceStatus, is_int
 from .serving.sequence import Sequence as EngineSequence
@@ -533,6 +534,8 @@ class LLM(PromptServer):
         memory_utilization: float = 0.9,  # share of the GPU's memory for weights, KV cache and workspace together
         max_num_seqs: int = 256,  # sequences that run at a time
         max_num_batched_tokens: int = 2048,  # token budget of a step
+        max_prefill_chunk: int | None = 512,  # tokens of one prompt in a step while there are others; None = the whole budget
+        scheduling_policy: str = "priority",  # who goes first: "fcfs", "priority" or "lpm" (longest cached prefix)
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model and the pool allow
         enable_prefix_caching: bool = True,
         attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
@@ -540,11 +543,15 @@ class LLM(PromptServer):
         seed: int = 0,  # of requests that bring none
     ) -> None:
         check_sizes(block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
+        policy = get_policy(scheduling_policy)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
         self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len)
         cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, enabled=enable_prefix_caching)
         limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
-        scheduler = Scheduler(cache, max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer))
+        scheduler = Scheduler(
+            cache, max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer),
+            max_prefill_chunk=max_prefill_chunk, policy=policy,
+        )  # fmt: skip
         super().__init__(Engine(self.runner, scheduler, seed), tokenizer, self.runner.vocab_size)
 
     def stats(self) -> Stats:

@@ -217,6 +217,7 @@ class PrefixIndex(CachedPool):
     ) -> None:
         super().__init__(allocator, policy)
         self.block_size, self.enabled, self.weights_epoch = block_size, enabled, 0
+        self.num_gains = 0  # whole blocks published so far: each spares somebody who waits one block at most
 
     def match(self, token_ids: array[int], namespace: Hashable = (), max_tokens: int | None = None) -> PrefixMatch:
         """The longest cached prefix of `token_ids` (int32) among what was published in the same namespace."""
@@ -281,6 +282,7 @@ def publish_full_blocks(
         key = token_ids[index * size : (index + 1) * size].tobytes()
         cursor = publish_block(cache, cursor, key, table.block_ids[index])
         adopt(cache, table, index, cursor.block_id)
+        cache.num_gains += 1
     return cursor
 
 # %% ../../nbs/05_prefix_cache.ipynb #15bd6e88

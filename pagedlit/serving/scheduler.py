@@ -6,11 +6,12 @@
 Contract: `schedule` picks the next step's tokens, makes their slots writable and returns a `ForwardBatch`; after the step has
 run, `update` takes the sampled tokens in, `rollback` forgets a step that failed. There are no prefill and decode modes: a sequence gets the tokens it is
 behind, as far as the budget goes. When blocks run out, the last in order is preempted: its blocks go back, its tokens stay, and
-it is computed again later, from its old place in the order. Several answers to a prompt are one sequence up to the first token.
+it is computed again later, from its old place in the order. A `SchedulingPolicy` gives the places, and says who of the waiting is
+next; by default that is `Priority`. Several answers to a prompt are one sequence up to the first token.
 
-Invariants: `running` and `waiting` are sorted by (priority, arrival); the first in order that is not held gets at least one token in every step; a
-running sequence holds exactly the blocks that its computed tokens need; between steps, every reference in the pool belongs to a
-running sequence or to the prefix cache.
+Invariants: `running` and `waiting` are sorted by the sequences' places, which never change; the first of the running that is not held
+gets at least one token in every step; a running sequence holds exactly the blocks that its computed tokens need; between steps, every
+reference in the pool belongs to a running sequence or to the prefix cache.
 """
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..memory.allocator import OutOfBlocks
 from ..memory.block_table import BlockTable, num_blocks_for
@@ -34,10 +35,10 @@ from .sequence import by_order, namespace_of, num_reusable_tokens, stop_reason_o
 
 # %% auto #0
 __all__ = ['NOTHING', 'ForwardBatch', 'add_rows', 'ask_for_token', 'positions_to_rate', 'ask_for_prompt', 'RunnerOutput',
-           'Scheduled', 'take_out', 'SchedulerState', 'check_queues', 'check_holders', 'publish', 'give_back', 'retire',
-           'disown', 'Roster', 'find_room', 'start_running', 'requeue', 'preempt', 'schedule_one', 'schedule_running',
-           'num_owed_blocks', 'admit_waiting', 'make_held_give_way', 'schedule_alone', 'append_token', 'take_tokens',
-           'take_in', 'Scheduler']
+           'Scheduled', 'take_out', 'SchedulingPolicy', 'Priority', 'SchedulerState', 'check_queues', 'check_holders',
+           'publish', 'give_back', 'retire', 'disown', 'Roster', 'find_room', 'start_running', 'requeue', 'preempt',
+           'schedule_one', 'chunk_limit', 'schedule_running', 'num_owed_blocks', 'ask_for_room', 'admit_waiting',
+           'make_held_give_way', 'schedule_alone', 'append_token', 'take_tokens', 'take_in', 'Scheduler']
 
 # %% ../../nbs/06_scheduler.ipynb #8147be20
 @dataclass(slots=True)
@@ -145,7 +146,31 @@ def take_out(queue: list[Sequence], seq: Sequence) -> None:
     assert queue[index] is seq, "a sequence is not at its place in the queue"
     del queue[index]
 
-# %% ../../nbs/06_scheduler.ipynb #6957310a
+# %% ../../nbs/06_scheduler.ipynb #9ff76fd0
+class SchedulingPolicy(Protocol):
+    """Who goes before whom. It keeps nothing about any sequence, so one policy may serve many schedulers."""
+
+    def order(self, seq: Sequence, step: int) -> tuple[int, int]: ...  # the place of one that arrives in `step`; no two are equal
+    def choose(self, state: SchedulerState) -> Sequence | None: ...  # whom of the waiting to try next; nobody who is held
+
+
+class Priority:
+    """A lower priority value goes first, and among equals who came first; but a level is worth so many steps of waiting, and no more."""
+
+    def __init__(self, ageing: int = 1000) -> None:
+        if ageing < 0:
+            raise ValueError(f"ageing={ageing}: a level of priority is worth 0 steps of waiting or more")
+        self.ageing = ageing  # steps a level
+
+    def order(self, seq: Sequence, step: int) -> tuple[int, int]:
+        """As if it had come that many steps later, or earlier."""
+        return step + seq.params.priority * self.ageing, seq.arrival
+
+    def choose(self, state: SchedulerState) -> Sequence | None:
+        """The first in line."""
+        return next((seq for seq in state.waiting if not seq.held), None)
+
+# %% ../../nbs/06_scheduler.ipynb #9708384a
 class SchedulerState:
     """The limits, the pool, and who waits and who runs, both in order."""
 
@@ -156,19 +181,24 @@ class SchedulerState:
         max_num_seqs: int = 256,  # sequences that may hold blocks at a time
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the pool holds
         eos_token_ids: SequenceOf[int] = (),  # tokens that end an answer
+        max_prefill_chunk: int | None = 512,  # tokens of one prompt in a step while there are others; None = the whole budget
+        policy: SchedulingPolicy | None = None,  # who goes before whom; `Priority()` by default
         clock: Callable[[], float] = perf_counter,  # what time it is, in seconds; a simulation has its own
     ) -> None:
-        if max_num_batched_tokens < 1 or max_num_seqs < 1:
-            raise ValueError(f"budgets must be positive: {max_num_batched_tokens=}, {max_num_seqs=}")
+        if max_num_batched_tokens < 1 or max_num_seqs < 1 or (max_prefill_chunk is not None and max_prefill_chunk < 1):
+            raise ValueError(f"budgets must be positive: {max_num_batched_tokens=}, {max_num_seqs=}, {max_prefill_chunk=}")
         capacity = cache.num_blocks * cache.block_size
         self.cache, self.events, self.block_size = cache, cache.events, cache.block_size
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.max_model_len = capacity if max_model_len is None else min(max_model_len, capacity)
         self.eos_token_ids, self.clock = frozenset(eos_token_ids), clock
+        self.max_prefill_chunk = max_num_batched_tokens if max_prefill_chunk is None else max_prefill_chunk
+        self.policy: SchedulingPolicy = Priority() if policy is None else policy
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.scheduled: list[Scheduled] = []  # the step in flight
         self.num_steps = 0  # steps planned so far
+        self.refused: tuple[Sequence, int] | None = None  # who was last found not to fit, and the chance it had
 
     def check_invariants(self) -> None:
         """Assert what this module's docstring promises, and the cache's own invariants. Call it between steps."""
@@ -176,7 +206,7 @@ class SchedulerState:
         check_queues(self)
         check_holders(self)
 
-# %% ../../nbs/06_scheduler.ipynb #309aa40f
+# %% ../../nbs/06_scheduler.ipynb #8e1bf117
 def check_queues(state: SchedulerState) -> None:
     """Assert that both queues are in order, and that the blocks of each sequence fit its status and its computed tokens."""
     for queue in (state.running, state.waiting):
@@ -197,7 +227,7 @@ def check_holders(state: SchedulerState) -> None:
     assert [holders[b] for b in range(cache.num_blocks)] == cache.allocator.ref_counts, "a block has leaked, or was freed too early"
     assert cache.num_free + len(set(chain(*tables))) == cache.num_blocks, "free and held blocks do not add up"
 
-# %% ../../nbs/06_scheduler.ipynb #adc7e112
+# %% ../../nbs/06_scheduler.ipynb #0126e8fe
 def publish(cache: PrefixCache, seq: Sequence, with_tail: bool = False) -> None:
     """Publish the blocks that the sequence has filled since the last time."""
     assert seq.table is not None and seq.cursor is not None, "only a running sequence can publish"
@@ -227,7 +257,7 @@ def disown(cache: PrefixCache, seq: Sequence) -> None:
         node, leaf = node.parent, node
         forget(cache, leaf, "evicted")
 
-# %% ../../nbs/06_scheduler.ipynb #9c6fd519
+# %% ../../nbs/06_scheduler.ipynb #6d5b6dde
 class Roster(SchedulerState):
     """Who is served: sequences enter, split in two, and leave."""
 
@@ -235,6 +265,7 @@ class Roster(SchedulerState):
         """Put a new sequence in line. Raises `RequestTooLong` if it could never be served."""
         if seq.num_prompt_tokens >= self.max_model_len:
             raise RequestTooLong(seq.num_prompt_tokens, self.max_model_len)
+        seq.order = self.policy.order(seq, self.num_steps)
         insort(self.waiting, seq, key=by_order)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -243,6 +274,8 @@ class Roster(SchedulerState):
             assert parent.table is not None, "a running sequence has a table"
             child.table, child.cursor = fork(parent.table), parent.cursor
             child.num_computed_tokens, child.status = parent.num_computed_tokens, SequenceStatus.RUNNING
+        is_twin = child.params is parent.params
+        child.order = (parent.order[0], child.arrival) if is_twin else self.policy.order(child, self.num_steps)
         insort(self.waiting if child.table is None else self.running, child, key=by_order)
 
     def finish(
@@ -254,12 +287,13 @@ class Roster(SchedulerState):
         take_out(self.waiting if seq.table is None else self.running, seq)
         if seq.table is not None:
             retire(self.cache, seq) if error is None else disown(self.cache, seq)
+        seq.cursor = None
         for each in (seq, *seq.forks):
             each.status, each.finish_reason, each.stop_reason, each.error = SequenceStatus.FINISHED, reason, stop_reason, error
             if self.events:
                 self.events.emit("finished", seq_id=each.seq_id, num_tokens=len(each.token_ids), step=max(0, self.num_steps - 1))
 
-# %% ../../nbs/06_scheduler.ipynb #c0f4135a
+# %% ../../nbs/06_scheduler.ipynb #59dd9960
 def find_room(cache: PrefixCache, seq: Sequence, num_owed: int) -> PrefixMatch | None:
     """The prefix to start from, if the rest of the sequence fits beside the `num_owed` blocks promised to others."""
     if num_owed >= cache.num_free:  # it needs one block at least: no use in looking for a prefix
@@ -272,7 +306,7 @@ def find_room(cache: PrefixCache, seq: Sequence, num_owed: int) -> PrefixMatch |
             return candidate
     return None
 
-# %% ../../nbs/06_scheduler.ipynb #9876b0d1
+# %% ../../nbs/06_scheduler.ipynb #be880f18
 def start_running(state: SchedulerState, seq: Sequence, match: PrefixMatch) -> None:
     """Move a waiting sequence to its place among the running, with a table over the blocks that match."""
     take_out(state.waiting, seq)
@@ -283,7 +317,7 @@ def start_running(state: SchedulerState, seq: Sequence, match: PrefixMatch) -> N
     seq.status = SequenceStatus.RUNNING
     insort(state.running, seq, key=by_order)
 
-# %% ../../nbs/06_scheduler.ipynb #e3e7906a
+# %% ../../nbs/06_scheduler.ipynb #8add24dd
 def requeue(state: SchedulerState, seq: Sequence) -> None:
     """Put a running sequence, whose blocks are gone, back in line at its old place."""
     take_out(state.running, seq)
@@ -298,7 +332,7 @@ def preempt(state: SchedulerState, seq: Sequence) -> None:
     retire(state.cache, seq)
     requeue(state, seq)
 
-# %% ../../nbs/06_scheduler.ipynb #bf0b0ec3
+# %% ../../nbs/06_scheduler.ipynb #3ecd17dd
 def schedule_one(state: SchedulerState, batch: ForwardBatch, seq: Sequence, num_tokens: int) -> None:
     """Make the slots of the next tokens writable, preempting from the end of the line, and add them to the batch."""
     while seq.status is SequenceStatus.RUNNING:
@@ -314,10 +348,16 @@ def schedule_one(state: SchedulerState, batch: ForwardBatch, seq: Sequence, num_
             state.events.emit("scheduled", seq.table.block_ids, seq.seq_id, num_tokens, state.num_steps)
         return
 
-# %% ../../nbs/06_scheduler.ipynb #6cc8376c
+# %% ../../nbs/06_scheduler.ipynb #107acf52
+def chunk_limit(state: SchedulerState) -> int:
+    """Tokens that one sequence may get in a step: the budget if it is alone, else the chunk."""
+    is_alone = len(state.running) + len(state.waiting) == 1
+    return state.max_num_batched_tokens if is_alone else state.max_prefill_chunk
+
+
 def schedule_running(state: SchedulerState, batch: ForwardBatch) -> int:
     """Give running sequences their tokens, in order; decodes first in line for the budget. Returns how many were preempted."""
-    budget, num_running = state.max_num_batched_tokens, len(state.running)
+    budget, chunk, num_running = state.max_num_batched_tokens, chunk_limit(state), len(state.running)
     entitled = [seq for seq in state.running if not seq.held]
     num_decodes = sum(seq.num_behind == 1 for seq in entitled)
     for seq in entitled:
@@ -329,28 +369,40 @@ def schedule_running(state: SchedulerState, batch: ForwardBatch) -> int:
         if seq is entitled[0]:
             room = max(room, 1)  # whatever the decodes behind it need, the first in order moves
         if room > 0:
-            schedule_one(state, batch, seq, min(num_behind, room))
+            schedule_one(state, batch, seq, min(num_behind, room, chunk))
     return num_running - len(state.running)
 
-# %% ../../nbs/06_scheduler.ipynb #b8a5175c
+# %% ../../nbs/06_scheduler.ipynb #da141804
 def num_owed_blocks(state: SchedulerState) -> int:
     """Blocks that the running sequences still need for the tokens they have already."""
     return sum(num_blocks_for(len(seq.token_ids), state.block_size) - len(seq.table or ()) for seq in state.running)
 
 
+def ask_for_room(state: SchedulerState, seq: Sequence, num_owed: int) -> PrefixMatch | None:
+    """As `find_room`, which is not asked again before a block has come free or has been published."""
+    chance = state.cache.num_free - num_owed + state.cache.num_gains
+    if state.refused is not None and state.refused[0] is seq and chance <= state.refused[1]:
+        return None
+    match = find_room(state.cache, seq, num_owed)
+    state.refused = (seq, chance) if match is None else None
+    return match
+
+
 def admit_waiting(state: SchedulerState, batch: ForwardBatch) -> None:
-    """Let waiting sequences in, in order, while there is budget and room for the whole of what they have to compute."""
+    """Let waiting sequences in, as the policy chooses, while there is budget and room for the whole of what they have to compute."""
     num_owed = num_owed_blocks(state) if state.waiting else 0
-    while len(state.running) < state.max_num_seqs and (seq := next((each for each in state.waiting if not each.held), None)):
+    chunk = chunk_limit(state)
+    while state.waiting and len(state.running) < state.max_num_seqs and num_owed < state.cache.num_free:
         room = state.max_num_batched_tokens - len(batch.token_ids)
-        match = find_room(state.cache, seq, num_owed) if room > 0 else None
-        if match is None:
+        seq = state.policy.choose(state) if room > 0 else None
+        match = None if seq is None else ask_for_room(state, seq, num_owed)
+        if seq is None or match is None:
             return
         start_running(state, seq, match)
-        schedule_one(state, batch, seq, min(room, seq.num_behind))
+        schedule_one(state, batch, seq, min(room, chunk, seq.num_behind))
         num_owed += num_blocks_for(len(seq.token_ids), state.block_size) - len(seq.table or ())
 
-# %% ../../nbs/06_scheduler.ipynb #e69ad2a6
+# %% ../../nbs/06_scheduler.ipynb #545cee09
 def make_held_give_way(state: SchedulerState, batch: ForwardBatch) -> None:
     """Preempt held sequences, from the end, until somebody else can be scheduled."""
     held = [seq for seq in state.running if seq.held]
@@ -369,7 +421,7 @@ def schedule_alone(state: SchedulerState, batch: ForwardBatch, seq: Sequence) ->
         start_running(state, seq, match)
     schedule_one(state, batch, seq, min(seq.num_behind, state.max_num_batched_tokens))
 
-# %% ../../nbs/06_scheduler.ipynb #362eccbe
+# %% ../../nbs/06_scheduler.ipynb #a918d0b0
 def append_token(seq: Sequence, row: int, output: RunnerOutput) -> None:
     """Take in the token that was sampled for a sequence, with its log-probabilities if there are any."""
     seq.token_ids.append(output.token_ids[row])
@@ -408,7 +460,7 @@ def take_in(state: Roster, output: RunnerOutput) -> list[Sequence]:
     state.scheduled = []
     return moved
 
-# %% ../../nbs/06_scheduler.ipynb #32b06fcd
+# %% ../../nbs/06_scheduler.ipynb #8e3a0a5b
 class Scheduler(Roster):
     """Decides what runs in the next step."""
 

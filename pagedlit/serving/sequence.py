@@ -154,13 +154,13 @@ class SequenceStatus(Enum):
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One prompt and its answer so far."""
-
     seq_id: int
     token_ids: array[int]  # int32: the prompt, then what was generated
     num_prompt_tokens: int
     params: SamplingParams
     seed: int = 0  # 64 bits, of its random stream
-    arrival: int = 0  # place in the order of arrival; kept through preemption
+    arrival: int = 0  # place in the order of arrival
+    order: tuple[int, int] = (0, 0)  # place in line, lower first: given by the scheduler's policy when it arrives, and kept
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0  # tokens whose KV has been written
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache spared at first admission
@@ -200,15 +200,15 @@ def num_reusable_tokens(seq: Sequence) -> int:
 
 # %% ../../nbs/06_requests.ipynb #ba2b239b
 def by_order(seq: Sequence) -> tuple[int, int]:
-    """Sort key: who goes first, by lower priority value, then by earlier arrival. No two sequences have the same."""
-    return seq.params.priority, seq.arrival
+    """Sort key: who goes first. No two sequences have the same."""
+    return seq.order
 
-# %% ../../nbs/06_requests.ipynb #780c8778
+# %% ../../nbs/06_requests.ipynb #1afa0441
 def namespace_of(seq: Sequence) -> Hashable:
     """Whose prefixes it may share; tagged, so that a salt never equals another kind of key."""
     return () if seq.params.cache_salt is None else ("cache_salt", seq.params.cache_salt)
 
-# %% ../../nbs/06_requests.ipynb #6dee9bce
+# %% ../../nbs/06_requests.ipynb #a9a095e4
 def stop_reason_of(seq: Sequence, eos_token_ids: frozenset[int], max_model_len: int) -> tuple[str, int | None] | None:
     """Why a sequence ends with its last token, as (finish_reason, stop_reason); None while it goes on."""
     last, params, num_tokens = seq.token_ids[-1], seq.params, seq.num_output_tokens
