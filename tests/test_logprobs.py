@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedlit.compute import sampler
-from pagedlit.compute.sampler import NO_TOKEN, logprobs_of, most_likely
+from pagedlit.compute import logprobs as logprobs_module
+from pagedlit.compute.logprobs import logprobs_of, most_likely
+from pagedlit.compute.sampler import NO_TOKEN
 from pagedlit.serving.sequence import Logprob
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -92,7 +93,7 @@ def test_chunks_and_threads_do_not_matter(monkeypatch):
     assert [len(row) for row in before][4] == len(before[8]) == 1003
     try:
         for at_once in (1, 2, 5, 100):
-            monkeypatch.setattr(sampler, "rows_at_once", lambda logits, n=at_once: n)
+            monkeypatch.setattr(logprobs_module, "rows_at_once", lambda logits, n=at_once: n)
             torch.set_num_threads(at_once % 3 + 1)
             assert logprobs_of(logits, token_ids, num_top) == before
     finally:
@@ -100,14 +101,14 @@ def test_chunks_and_threads_do_not_matter(monkeypatch):
 
 
 def test_rows_with_no_top_list_nothing(monkeypatch):
-    monkeypatch.setattr(sampler, "most_likely", None)  # would raise
+    monkeypatch.setattr(logprobs_module, "most_likely", None)  # would raise
     logits = torch.randn(3, 9)
     assert [list(row) for row in logprobs_of(logits, [4, 0, 8], [0] * 3)] == [[4], [0], [8]]
 
 
 def test_one_transfer(monkeypatch):
     moved, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr(sampler, "rows_at_once", lambda logits: 2)
+    monkeypatch.setattr(logprobs_module, "rows_at_once", lambda logits: 2)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.numel()) or cpu(self))
     logprobs_of(torch.randn(7, 9), [0] * 7, [0, 0, 2, 0, 1, 1, 0])
     assert moved == [3 * (2 + 2 * 3 + 2 * 2 + 1)]  # a chunk is as wide as its widest row

@@ -28,7 +28,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit
-from .sampler import BadLogits, logprobs_of, read_tokens, sample
+from .logprobs import logprobs_of
+from .sampler import BadLogits, read_tokens, sample
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import BlockTable
 from ..serving.scheduler import ForwardBatch, RunnerOutput

@@ -9,9 +9,8 @@ else: not on the other rows, their number or their order, bit for bit. Two choic
   * probabilities are integers: sums of integers are exact, so no reduction order (threads, blocks, batch shape) can show.
 Each filter is one number a row, the smallest weight that stays; rows without a filter are never sorted.
 Penalties and banned tokens change a copy of the logits, at the tokens of a row's history only; other rows keep every bit.
-Log-probabilities are the model's own: `logprobs_of` reads the logits as they came, and its answers hold bit for bit, too.
-`sample` does not wait for the device: a row without a usable maximum gets `NO_TOKEN`, and `read_tokens` raises where the ids
-are read. The only waits are `read_tokens` and `logprobs_of`, one transfer each.
+`sample` does not wait for the device: a row without a usable maximum gets `NO_TOKEN`, and `read_tokens`, the only one that waits,
+raises where the ids are read.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..serving.sequence import History, Logprob, SamplingParams
+from ..serving.sequence import History, SamplingParams
 
 # %% auto #0
 __all__ = ['GOLDEN_GAMMA', 'FULL_WEIGHT', 'NO_TOKEN', 'mix64', 'uniforms', 'on_device', 'weigh', 'draw', 'ascending', 'top_cut',
            'filtered_weights', 'probabilities', 'places', 'penalise_repetition', 'penalise_output', 'adjust', 'greedy',
-           'rows_at_once', 'sample', 'BadLogits', 'read_tokens', 'most_likely', 'logprob_table', 'as_logprobs',
-           'logprobs_of']
+           'rows_at_once', 'sample', 'BadLogits', 'read_tokens']
 
 # %% ../../nbs/12_sampler.ipynb #6577342a
 def mix64(
@@ -270,64 +268,3 @@ def read_tokens(
     if NO_TOKEN in ids:
         raise BadLogits(ids)
     return ids
-
-# %% ../../nbs/12_sampler.ipynb #1f971db6
-def most_likely(
-    logits: Tensor,  # float32 [N, V]
-    num_listed: int,  # at most V
-) -> Tensor:  # int64 [N, num_listed]
-    """The most likely token ids of each row, most likely first, the lowest id first among equals."""
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes -0.0 a 0.0
-    in_order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    last = logits.shape[1] - 1
-    keys = in_order + torch.arange(last, -1, -1, device=logits.device)
-    return last - (keys.topk(num_listed, dim=1).values & 0xFFFFFFFF)
-
-# %% ../../nbs/12_sampler.ipynb #ec0e4cfa
-def logprob_table(
-    logits: Tensor,  # [N, V], any float dtype
-    chosen: Tensor,  # int64 [N]
-    num_listed: int,  # at most V
-) -> Tensor:  # float64 [N, 1 + num_listed, 3]: token id, log-probability, rank; the chosen token, then the most likely
-    """Token id `NO_TOKEN` in place of the chosen one says that a row has no finite maximum, or `chosen` is not in the vocabulary."""
-    logits = logits.float()
-    peak = logits.amax(dim=1, keepdim=True)
-    mass = weigh(logits, [1.0] * len(logits)).sum(dim=1, keepdim=True).double() / FULL_WEIGHT
-    inside = chosen.clamp(0, logits.shape[1] - 1)[:, None]
-    token_ids = torch.cat([inside, most_likely(logits, num_listed)], dim=1) if num_listed else inside
-    listed = logits.gather(1, token_ids)
-    falling = -listed[:, 1:]
-    more_likely = [(logits > listed[:, :1]).sum(dim=1, keepdim=True), torch.searchsorted(falling, falling)]
-    token_ids[:, 0].masked_fill_(~peak.isfinite()[:, 0] | (inside[:, 0] != chosen), NO_TOKEN)
-    return torch.stack([token_ids, listed.double() - peak - mass.log(), torch.cat(more_likely, dim=1) + 1], dim=2)
-
-# %% ../../nbs/12_sampler.ipynb #f4cbdede
-def as_logprobs(
-    table: Sequence[Sequence[float]],  # token id, log-probability, rank of each; the first is the chosen token
-) -> dict[int, Logprob]:
-    """The dict that a request returns for one token; a repeated id keeps its first place."""
-    if table[0][0] == NO_TOKEN:
-        return {}
-    return {int(token_id): Logprob(logprob, int(rank)) for token_id, logprob, rank in table}
-
-
-def logprobs_of(
-    logits: Tensor,  # [N, V] as the model gave them: no penalties, no temperature; any float dtype, read as float32
-    token_ids: Tensor | Sequence[int],  # [N] the token that followed: a sampled one, or the prompt's
-    num_top: Sequence[int],  # [N] how many of the most likely tokens to add, at most V of them; 0 = the token alone
-) -> list[dict[int, Logprob]]:
-    """For each row: its token, then the most likely ones in falling order, without repeating it. Waits for the device, once.
-
-    A masked token has the log-probability -inf. A row without a finite maximum has no distribution, and `NO_TOKEN` no place in
-    one: both give an empty dict.
-    """
-    chosen = torch.as_tensor(token_ids, dtype=torch.long).to(logits.device, non_blocking=True)
-    at_once = rows_at_once(logits)
-    chunks = [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
-    tables = [logprob_table(logits[rows], chosen[rows], min(max(num_top[rows]), logits.shape[1])) for rows in chunks]
-    if not tables:
-        return []
-    host = torch.cat([table.flatten() for table in tables]).cpu().numpy()
-    parts = np.split(host, np.cumsum([table.numel() for table in tables])[:-1])
-    listed = [row for part, table in zip(parts, tables) for row in part.reshape(table.shape)]
-    return [as_logprobs(row[: 1 + num_listed].tolist()) for row, num_listed in zip(listed, num_top)]
