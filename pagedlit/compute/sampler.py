@@ -209,7 +209,7 @@ def greedy(
     logits: Tensor,  # [R, V]
 ) -> Tensor:  # int64 [R]
     """The most likely token of each row, the lowest id among equals; `NO_TOKEN` where the maximum is NaN or infinite."""
-    token_ids = logits.argmax(dim=1)
+    token_ids = (logits.float() if logits.is_cpu else logits).argmax(dim=1)  # a CPU is slow to compare in half precision
     peak = logits.gather(1, token_ids[:, None]).squeeze(1)
     return token_ids.masked_fill_(~peak.isfinite(), NO_TOKEN)
 

@@ -425,7 +425,7 @@ def schedule_alone(state: SchedulerState, batch: ForwardBatch, seq: Sequence) ->
 def append_token(seq: Sequence, row: int, output: RunnerOutput) -> None:
     """Take in the token that was sampled for a sequence, with its log-probabilities if there are any."""
     seq.token_ids.append(output.token_ids[row])
-    if row in output.logprobs:
+    if output.logprobs and row in output.logprobs:
         seq.logprobs.append(output.logprobs[row])
 
 
@@ -443,7 +443,7 @@ def take_tokens(state: Roster, answers: list[Sequence], rows: list[int], output:
         child.num_cached_tokens, child.admitted_time, child.prompt_logprobs = seq.num_cached_tokens, seq.admitted_time, seq.prompt_logprobs
         state.fork(seq, child)
 
-
+# %% ../../nbs/06_scheduler.ipynb #5700a105
 def take_in(state: Roster, output: RunnerOutput) -> list[Sequence]:
     """Count what the step has computed, publish it, and append each sampled token. Returns the sequences that got one, or failed."""
     rows, rated, moved = count(), iter(output.prompt_logprobs), []
@@ -451,16 +451,20 @@ def take_in(state: Roster, output: RunnerOutput) -> list[Sequence]:
         if seq.params.prompt_logprobs is not None:
             seq.prompt_logprobs.extend(islice(rated, len(positions_to_rate(seq, num_tokens))))
         seq.num_computed_tokens += num_tokens
-        if seq.num_behind:
+        if seq.num_computed_tokens < len(seq.token_ids):
             publish(state.cache, seq)
-        else:
+        elif seq.forks or output.errors:
             answers = [seq, *seq.forks]
             take_tokens(state, answers, list(islice(rows, len(answers))), output)
             moved += answers
+        else:  # nearly always
+            append_token(seq, next(rows), output)
+            publish(state.cache, seq)
+            moved.append(seq)
     state.scheduled = []
     return moved
 
-# %% ../../nbs/06_scheduler.ipynb #8e3a0a5b
+# %% ../../nbs/06_scheduler.ipynb #89761b14
 class Scheduler(Roster):
     """Decides what runs in the next step."""
 

@@ -211,10 +211,11 @@ def namespace_of(seq: Sequence) -> Hashable:
 # %% ../../nbs/06_requests.ipynb #a9a095e4
 def stop_reason_of(seq: Sequence, eos_token_ids: frozenset[int], max_model_len: int) -> tuple[str, int | None] | None:
     """Why a sequence ends with its last token, as (finish_reason, stop_reason); None while it goes on."""
-    last, params, num_tokens = seq.token_ids[-1], seq.params, seq.num_output_tokens
-    if num_tokens > params.min_tokens and last in eos_token_ids and not params.ignore_eos:
+    last, params, num_tokens = seq.token_ids[-1], seq.params, len(seq.token_ids) - seq.num_prompt_tokens
+    is_shielded = num_tokens <= params.min_tokens
+    if last in eos_token_ids and not (params.ignore_eos or is_shielded):
         return "stop", None
-    if num_tokens > params.min_tokens and params.stop_token_ids and last in params.stop_token_ids:
+    if params.stop_token_ids and last in params.stop_token_ids and not is_shielded:
         return "stop", last
     if num_tokens >= params.max_tokens or len(seq.token_ids) >= max_model_len:
         return "length", None
