@@ -6,6 +6,7 @@ outputs load torch. The floors of the package, each importing only those before 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -16,16 +17,20 @@ _PUBLIC = {
     "CompletionOutput": "pagedlit.llm",
 }
 
-__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput"]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
 
+if TYPE_CHECKING:
+    from .llm import LLM, CompletionOutput, RequestOutput
+    from .serving.sequence import SamplingParams
+else:  # hidden from type checkers, for which any misspelt name would exist otherwise
 
-def __getattr__(name: str) -> object:
-    """Import the module that defines a public name, once, at the first use of that name."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        """Import the module that defines a public name, once, at the first use of that name."""
+        if name not in _PUBLIC:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -5,10 +5,10 @@ linked widget that value is a list, and the build fails. A list that answers `sp
 """
 
 
-class _Lines(list):
+class _Lines(list[object]):
     """A list that stands where text is expected."""
 
-    def splitlines(self, keepends: bool = False) -> list:
+    def splitlines(self, keepends: bool = False) -> list[object]:
         return list(self)
 
 
@@ -24,7 +24,7 @@ def _mend(node: object) -> None:
 class WidgetState:
     """The nbdev processor: mends the metadata of a notebook when all of its cells are processed."""
 
-    def __init__(self, nb: dict):
+    def __init__(self, nb: dict[str, object]) -> None:
         self.nb = nb
 
     def end(self) -> None:

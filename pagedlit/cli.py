@@ -239,7 +239,7 @@ def demo(
     """Answer questions about paged attention, all at once, and show what the pool did."""
     console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 10_000)  # no wrapping in a pipe
     asked = [each["question"] for each in questions()[: num_questions + 1]]
-    run = Demo(load(None, num_blocks), asked[:num_questions], *asked[num_questions:])
+    run = Demo(load(None, num_blocks), asked[:num_questions], next_question=next(iter(asked[num_questions:]), None))
     follow_up = "; the first to be answered has a follow-up" if run.next_question else ""
     console.print(f"{len(run.arrivals)} questions share a system prompt. One arrives with every step{follow_up}.\n")
     try:

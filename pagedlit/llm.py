@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -50,7 +50,8 @@ PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
 
 def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> tuple[str | None, list[int]]:
     """A prompt's text (None if it came as ids) and its token ids. Raises `InvalidRequest`."""
-    fields = prompt if isinstance(prompt, dict) else {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+    is_text = isinstance(prompt, str)
+    fields: dict[str, Any] = prompt if isinstance(prompt, dict) else {"prompt" if is_text else "prompt_token_ids": prompt}
     if unknown := [name for name in fields if name not in PROMPT_FIELDS]:
         raise InvalidRequest(f"a prompt has no field {unknown[0]!r}, only {', '.join(PROMPT_FIELDS)}")
     text, token_ids = fields.get("prompt"), fields.get("prompt_token_ids")
@@ -70,7 +71,8 @@ def encode(text: Any, tokenizer: PreTrainedTokenizerBase | None, add_special_tok
     if tokenizer is None:
         raise InvalidRequest("a text prompt needs a tokenizer: pass LLM(model, tokenizer=...), or prompt with token ids")
     try:
-        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        token_ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        return token_ids
     except Exception as error:
         raise InvalidRequest(f"the tokenizer refuses the prompt: {error}") from error
 
@@ -90,7 +92,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBa
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequest("chat needs a tokenizer with a chat template; use generate with a prompt of your own")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         raise InvalidRequest(f"the chat template refuses the conversation: {error}") from error
 
@@ -361,7 +363,7 @@ def serve(
     room: LLMEngine,
     pairs: list[tuple[Any, SamplingParams | None]],  # prompts, and how to continue them
     begun: list[Request],  # is filled with the requests, in the order of the prompts
-) -> Iterator[Request]:  # whatever moved
+) -> Generator[Request, None, None]:  # whatever moved
     """Put all prompts in line, and step until they are done. On the way out, whichever it is, abort what is unfinished."""
     mailbox: dict[str, Request] = {}
     try:
@@ -398,13 +400,13 @@ Params = SamplingParams | Sequence[SamplingParams | None] | None
 
 def pair_up(prompts: Prompt | Sequence[Prompt], params: Params) -> list[tuple[Any, SamplingParams | None]]:
     """Each prompt with its sampling parameters; one prompt may stand alone, and so may one set of parameters."""
-    if isinstance(prompts, (str, dict)) or (len(prompts) and isinstance(prompts[0], int)):
-        prompts = [prompts]
+    is_one = isinstance(prompts, (str, dict)) or (len(prompts) and isinstance(prompts[0], int))
+    several: list[Any] = [prompts] if is_one else list(prompts)
     if params is None or isinstance(params, SamplingParams):
-        return [(prompt, params) for prompt in prompts]
-    if len(params) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
-    return list(zip(prompts, params))
+        return [(prompt, params) for prompt in several]
+    if len(params) != len(several):
+        raise ValueError(f"{len(several)} prompts but {len(params)} sampling parameters")
+    return list(zip(several, params))
 
 # %% ../nbs/14_llm.ipynb #3716b98c
 class PromptServer(LLMEngine):
@@ -417,7 +419,8 @@ class PromptServer(LLMEngine):
         use_tqdm: bool = True,  # show a progress bar
     ) -> list[RequestOutput]:  # in the order of the prompts
         """Serve all prompts. A request that cannot be served has its `error` set; the others are not disturbed."""
-        pairs, begun = pair_up(prompts, sampling_params), []
+        pairs = pair_up(prompts, sampling_params)
+        begun: list[Request] = []
         options = {} if use_tqdm else {"disable": True}  # else TQDM_DISABLE of the environment decides
         with closing(serve(self, pairs, begun)) as moved, tqdm(total=len(pairs), desc="requests", **options) as bar:
             for request in moved:
@@ -455,14 +458,15 @@ def check_sizes(**sizes: int | None) -> None:
 def load_model(model: str, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
     """A causal LM from a Hub id or a path, on `device` (None: the GPU if there is one)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+    return move_model(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), "auto", device)
 
 
 def move_model(model: PreTrainedModel, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
     """A loaded model, in place, as and where it is wanted; "auto" and None leave it as it is."""
+    move: Callable[..., PreTrainedModel] = model.to  # the wrapper that transformers puts around it hides its parameters
     if dtype != "auto":
-        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model if device is None else model.to(device)
+        model = move(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model if device is None else move(device)
 
 # %% ../nbs/14_llm.ipynb #3314dd81
 def resolve(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

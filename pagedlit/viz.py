@@ -308,8 +308,10 @@ def holders_of(
 ) -> list[Holder]:
     """The tables of a picture, coloured in the order in which they are given."""
     size = getattr(pool, "block_size", None)
+    counts = num_tokens or {}
+    ids = {label: table.block_ids if hasattr(table, "block_ids") else table for label, table in tables.items()}
     return [
-        Holder(str(label), color, getattr(table, "block_ids", table), getattr(table, "block_size", size), (num_tokens or {}).get(label))
+        Holder(str(label), color, ids[label], getattr(table, "block_size", size), counts.get(label))
         for color, (label, table) in enumerate(tables.items())
     ]
 
@@ -522,9 +524,9 @@ def draw_slots(content: Content, index: int, spot: Spot, y: float) -> list[Eleme
     return [*parts, box(spot.x, y, spot.width, 32, "none", 4, stroke=shade(color))]
 
 # %% ../nbs/viz.ipynb #0e307696
-def draw_entry(content: Content, spot: Spot, block_id: int, target: Spot) -> list[Element]:
+def draw_entry(content: Content, index: int, spot: Spot, block_id: int, target: Spot) -> list[Element]:
     """A logical block, its entry in the block table, and the arrow to the pool."""
-    index, color = spot.entry, shade(color_of(spot.entry))
+    color = shade(color_of(index))
     positions = f"{index * content.block_size}–{(index + 1) * content.block_size - 1}"
     pill = min(34, spot.width + 4)
     return [
@@ -563,8 +565,8 @@ def draw_block_table(
     width = size * min(60, max(22, content.text_width + 6)) if tokens else min(22 * size, 88)
     indices = list(range(len(ids))) if len(ids) <= 12 else [*range(6), *range(len(ids) - 5, len(ids))]
     shown = range(num_blocks) if num_blocks <= 16 else sorted(ids[index] for index in indices)
-    rows = (side_by_side(abridged(numbers, stop), width) for numbers, stop in ((indices, len(ids)), (shown, num_blocks)))
-    return picture_of_table(table, content, *rows, title)
+    logical, pool = (side_by_side(abridged(numbers, stop), width) for numbers, stop in ((indices, len(ids)), (shown, num_blocks)))
+    return picture_of_table(table, content, logical, pool, title)
 
 # %% ../nbs/viz.ipynb #8424cd8d
 def picture_of_table(table: BlockTable, content: Content, logical: Sequence[Spot], pool: Sequence[Spot], title: str) -> Svg:
@@ -576,7 +578,7 @@ def picture_of_table(table: BlockTable, content: Content, logical: Sequence[Spot
     body += [words(spot.middle, 36 if spot in logical else 158, "⋯", 14, MUTED, "middle") for spot in (*logical, *pool) if spot.entry is None]
     for spot in logical:
         if spot.entry is not None:
-            body += draw_entry(content, spot, table.block_ids[spot.entry], where[table.block_ids[spot.entry]])
+            body += draw_entry(content, spot.entry, spot, table.block_ids[spot.entry], where[table.block_ids[spot.entry]])
     body += [draw_physical(content, spot, views[spot.entry], index_of.get(spot.entry)) for spot in pool if spot.entry is not None]
     width = max(spot.x + spot.width for spot in (*logical, *pool))
     summary = f"{content.num_tokens} tokens in {len(index_of)} blocks of {content.block_size} slots; the pool has {len(views)} blocks"
@@ -672,7 +674,8 @@ def draw_tree(
     """The prefix tree: a path from a root is a cached prefix, each box a block. Dashed: idle. Short: partly filled."""
     texts = {block_id: (text or join_numbers)(tokens_of(node)) for block_id, node in cache.nodes.items()}
     roots = sorted(cache.roots.values(), key=lambda root: str(root.key))
-    layout, placed, num_rows = tree_layout(cache, roots, texts), {}, 0
+    layout, num_rows = tree_layout(cache, roots, texts), 0
+    placed: dict[int, Placed] = {}
     for root in roots:
         num_rows = place_tree(root, layout, placed, num_rows)
     nodes = [at for at in placed.values() if at.node.parent is not None]
@@ -722,7 +725,9 @@ class Moment:
 
 def dated(events: Iterable[Event]) -> list[tuple[Event, int]]:
     """The events that concern a sequence, each with the step it belongs to."""
-    step, ran, pending, result = 0, set(), [], []
+    step, result = 0, []
+    ran: set[int | None] = set()
+    pending: list[Event] = []
     for event in events:
         if event.kind == "scheduled":
             if event.step is not None and event.step != step:
@@ -1020,7 +1025,7 @@ def draw_curve(points: Sequence[tuple[float, float]], x: Axis, y: Axis, index: i
     color = shade(color_of(index))
     commands = [part for n, point in enumerate(points) for part in ("L" if n else "M", x.at(point[0]), y.at(point[1]))]
     dots = [el("circle", el("title", f"{a:g}: {b:g}"), cx=float(x.at(a)), cy=float(y.at(b)), r=3, fill=color) for a, b in points]
-    return [path(*commands, **stroke_of(index)), *(dots if len(points) <= 40 else [])]
+    return [path(*commands, fill="none", **stroke_of(index)), *(dots if len(points) <= 40 else [])]
 
 
 def stroke_of(index: int) -> dict[str, object]:
@@ -1044,7 +1049,7 @@ def draw_chart(
     body = draw_axes(x, y, x_label, y_label)
     for index, points in enumerate(series.values()):
         body += draw_curve(points, x, y, index)
-    keys = [Key((path("M", 0, 6, "h", 16, **stroke_of(index)),), label) for index, label in enumerate(series)]
+    keys = [Key((path("M", 0, 6, "h", 16, fill="none", **stroke_of(index)),), label) for index, label in enumerate(series)]
     return panel(Drawing(WIDTH - 2 * MARGIN, 290 if x_label else 268, body, "A line chart", "", keys), title)
 
 # %% ../nbs/viz.ipynb #468ffca8
@@ -1081,6 +1086,7 @@ def text_of_pool(pool: BlockPool, holders: Sequence[Holder], columns: int, color
     marks = [painted(*char) if color else char[0] for char in chars]
     rows = ["".join(marks[start : start + columns]) for start in range(0, len(marks), columns)]
     seen = {char for char, _, _ in chars}
+    keys: list[tuple[str, int | None, str, str]]
     keys = [(letter_of(holder.color), holder.color, "0", holder.label) for holder in holders if len(holder.block_ids)]
     keys += [("2", None, "7", "shared by 2, 3, ...")] if seen & set("23456789+") else []
     keys += [(char, None, style, label) for char, style, label in SIGNS if char in seen]

@@ -1,5 +1,6 @@
 """The package as a user meets it: a cheap import, one version, and a wheel and an sdist that work in empty environments."""
 
+import ast
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
+import pagedlit
 
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "_proc", "_docs")
@@ -70,6 +73,14 @@ def test_public_names_resolve_lazily():
     assert python("import pagedlit; from pagedlit.llm import LLM; print(pagedlit.LLM is LLM, 'LLM' in vars(pagedlit))") == "True True"
     assert python("from pagedlit import CompletionOutput, RequestOutput; print(RequestOutput.__name__)") == "RequestOutput"
     assert python("import pagedlit; print(hasattr(pagedlit, 'Nothing'), set(pagedlit.__all__) <= set(dir(pagedlit)))") == "False True"
+
+
+def test_type_checkers_see_the_names_that_are_looked_up_lazily():
+    """The `if TYPE_CHECKING:` imports and the table behind `__getattr__` say the same; cli.py, under mypy, uses them as types."""
+    nodes = ast.walk(ast.parse((ROOT / "pagedlit/__init__.py").read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    typed = {alias.name: f"pagedlit.{node.module}" for node in imports for alias in node.names}
+    assert typed == pagedlit._PUBLIC and set(typed) == set(pagedlit.__all__)
 
 
 def test_readme_is_rendered_from_the_index():

@@ -65,10 +65,16 @@ class AttentionMetadata:
     @classmethod
     def from_batch(cls, batch: ForwardBatch, device: torch.device | str = "cpu") -> AttentionMetadata:
         """View the batch's flat arrays as tensors: no copy on a CPU."""
-        arrays = (batch.slot_mapping, batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.block_table_start)
-        max_query_len = int(np.diff(np.asarray(batch.query_start_loc)).max(initial=0))
-        max_seq_len = max(batch.seq_lens, default=0)
-        return cls(batch.block_size, *(view_of(a, device) for a in arrays), max_query_len, max_seq_len)
+        return cls(
+            block_size=batch.block_size,
+            slot_mapping=view_of(batch.slot_mapping, device),
+            query_start_loc=view_of(batch.query_start_loc, device),
+            seq_lens=view_of(batch.seq_lens, device),
+            block_tables=view_of(batch.block_tables, device),
+            block_table_start=view_of(batch.block_table_start, device),
+            max_query_len=int(np.diff(np.asarray(batch.query_start_loc)).max(initial=0)),
+            max_seq_len=max(batch.seq_lens, default=0),
+        )
 
     @property
     def num_seqs(self) -> int:
@@ -78,7 +84,8 @@ class AttentionMetadata:
         """The slot mapping as block ids and offsets, worked out once."""
         if "slots" not in self.plans:
             self.plans["slots"] = slot_index(self.slot_mapping, self.block_size)
-        return self.plans["slots"]
+        slots: SlotIndex = self.plans["slots"]
+        return slots
 
 # %% ../../nbs/10_attention.ipynb #beb76e53
 def visible(
@@ -195,7 +202,8 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=formula.scale)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, logsumexp = flash(query, key, value, is_causal=is_causal, attn_mask=mask, scale=formula.scale)
-    return out * torch.sigmoid(logsumexp - formula.sinks)[..., None].to(out.dtype)
+    weighed: Tensor = out * torch.sigmoid(logsumexp - formula.sinks)[..., None].to(out.dtype)
+    return weighed
 
 # %% ../../nbs/10_attention.ipynb #8d1e52f3
 def attend_unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, formula: Formula) -> Tensor:
@@ -367,7 +375,7 @@ def make_plan(metadata: AttentionMetadata, kind: LayerKind) -> list[Group]:
             stale = stale_rows(reach, seqs, heads.stop - heads.start, size)
             yield Group(rows, heads, is_chunk, cache_rows(metadata, reach, seqs, heads, kind), num_keys, mask, stale)
 
-    plan = []
+    plan: list[Group] = []
     for seqs in similar_lengths(np.flatnonzero(reach.query_lens == 1), reach.num_blocks, max_blocks):
         plan.extend(gathered(seqs, rows_of(starts[seqs]), is_chunk=False))
     for s in np.flatnonzero(reach.query_lens > 1):
@@ -381,7 +389,8 @@ def plan_for(metadata: AttentionMetadata, kind: LayerKind) -> list[Group]:
     """The step's plan for this kind of layer, made at its first layer."""
     if kind not in metadata.plans:
         metadata.plans[kind] = make_plan(metadata, kind)
-    return metadata.plans[kind]
+    plan: list[Group] = metadata.plans[kind]
+    return plan
 
 # %% ../../nbs/10_attention.ipynb #2e58a780
 class Workspace(threading.local):
@@ -401,6 +410,7 @@ class Workspace(threading.local):
 
 def gather_group(group: Group, kv_cache: Sequence[Tensor], workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Copy rows of (block, head) side by side: K [n, heads, num_keys, Dk] and V [n, heads, num_keys, Dv], in the workspace."""
+    assert group.gather is not None, "a group without a past has nothing to gather"
     block_size, dims = kv_cache[0].shape[-2], [cache.shape[-1] for cache in kv_cache]
     num_rows = group.gather.numel() * block_size
     parts = workspace.take(num_rows * sum(dims), kv_cache[0].dtype).split([num_rows * dim for dim in dims])
@@ -527,12 +537,18 @@ def current_context() -> ForwardContext:
     return _stack.contexts[-1]
 
 # %% ../../nbs/10_attention.ipynb #5c0de3d2
-def _paged_attention(query, key, value, kv_cache, scale, sliding_window=None, softcap=None, sinks=None):
+def _paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, kv_cache: list[Tensor], scale: float,
+    sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     metadata, backend = current_context()
     return backend(query, key, value, kv_cache, metadata, scale, sliding_window, softcap, sinks)
 
 
-def _paged_attention_fake(query, key, value, kv_cache, scale, sliding_window=None, softcap=None, sinks=None):
+def _paged_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, kv_cache: list[Tensor], scale: float,
+    sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -560,4 +576,5 @@ def paged_attention(
 
     An op that torch.compile does not look into. Rows that belong to no sequence give zeros. Raises `RuntimeError` outside a context.
     """
-    return torch.ops.pagedlit.paged_attention.default(query, key, value, kv_cache, scale, sliding_window, softcap, sinks)
+    out: Tensor = torch.ops.pagedlit.paged_attention.default(query, key, value, kv_cache, scale, sliding_window, softcap, sinks)
+    return out

@@ -45,7 +45,7 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         assert self.tokenizer is not None, "only called with a tokenizer"
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 # %% ../../nbs/14_text.ipynb #d4dc2bdf
 def first_stop(
@@ -105,4 +105,4 @@ def named(logprobs: dict[int, Logprob], tokenizer: PreTrainedTokenizerBase | Non
     """The same, with the text of each token."""
     if tokenizer is None:
         return logprobs
-    return {token_id: each._replace(decoded_token=tokenizer.decode([token_id])) for token_id, each in logprobs.items()}
+    return {token_id: each._replace(decoded_token=str(tokenizer.decode([token_id]))) for token_id, each in logprobs.items()}

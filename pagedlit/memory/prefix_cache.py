@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .allocator import BlockAllocator, OutOfBlocks, check_held
 from .block_table import BlockTable
@@ -37,7 +37,7 @@ class CacheNode:
 
     __slots__ = ("block_id", "child_keys", "children", "depth", "key", "num_tokens", "parent")
 
-    def __init__(self, parent: CacheNode | None, key: Hashable, block_id: int, num_tokens: int) -> None:
+    def __init__(self, parent: CacheNode | None, key: Any, block_id: int, num_tokens: int) -> None:
         self.parent, self.key = parent, key  # a block's key is its tokens as bytes; a root's is (epoch, namespace)
         self.block_id, self.num_tokens = block_id, num_tokens
         self.depth: int = 0 if parent is None else parent.depth + 1  # blocks from the root to here
@@ -267,7 +267,8 @@ class PrefixCache(PrefixIndex):
 def is_current(cache: PrefixCache, cursor: CacheNode) -> bool:
     """Whether a cursor still stands in the tree, under the weights of today."""
     if cursor.parent is None:
-        return cursor.key[0] == cache.weights_epoch
+        epoch: int = cursor.key[0]
+        return epoch == cache.weights_epoch
     return cache.nodes.get(cursor.block_id) is cursor
 
 

@@ -254,7 +254,7 @@ def disown(cache: PrefixCache, seq: Sequence) -> None:
     node = seq.cursor
     give_back(seq)
     while node is not None and cache.nodes.get(node.block_id) is node and not node.children and idle_nodes(cache, [node.block_id]):
-        node, leaf = node.parent, node
+        leaf, node = node, node.parent
         forget(cache, leaf, "evicted")
 
 # %% ../../nbs/06_scheduler.ipynb #6d5b6dde

@@ -23,7 +23,8 @@ MODEL_PATH = Path(__file__).parent / "model"
 @cache
 def corpus() -> dict[str, Any]:
     """The corpus file: `system_prompt`, `glossary` and `questions`."""
-    return json.loads((MODEL_PATH.parent / "corpus.json").read_text(encoding="utf-8"))
+    entries: dict[str, Any] = json.loads((MODEL_PATH.parent / "corpus.json").read_text(encoding="utf-8"))
+    return entries
 
 
 SYSTEM_PROMPT: str = corpus()["system_prompt"]
