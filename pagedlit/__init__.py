@@ -13,14 +13,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LLM": "pagedlit.llm",
     "SamplingParams": "pagedlit.serving.sequence",
+    "BeamSearchParams": "pagedlit.serving.beam_search",
+    "BeamSearchOutput": "pagedlit.serving.beam_search",
     "RequestOutput": "pagedlit.llm",
     "CompletionOutput": "pagedlit.llm",
 }
 
-__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
+__all__ = ["LLM", "SamplingParams", "BeamSearchParams", "BeamSearchOutput", "RequestOutput", "CompletionOutput"]
 
 if TYPE_CHECKING:
     from .llm import LLM, CompletionOutput, RequestOutput
+    from .serving.beam_search import BeamSearchOutput, BeamSearchParams
     from .serving.sequence import SamplingParams
 else:  # hidden from type checkers, for which any misspelt name would exist otherwise
 

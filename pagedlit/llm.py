@@ -3,10 +3,10 @@
 # %% ../nbs/14_llm.ipynb #41837b28
 """The public API: text in, text out, over a paged cache.
 
-Contract: `LLM` loads a model and a tokenizer, owns one engine, and serves prompts through it: all at once (`generate`, `chat`), as a
-stream (`stream`), or driven by the caller (`add_request`, `step`, `abort`), in any mixture. A request that cannot be served fails alone,
-with a typed error in its `RequestOutput.error`; the others go on. Who stops following requests, by leaving a loop or through an
-exception, aborts them. Text grows by whole characters and ends before a stop string.
+Contract: `LLM` loads a model and a tokenizer, owns one engine, and serves prompts through it: all at once (`generate`, `chat`,
+`beam_search`), as a stream (`stream`), or driven by the caller (`add_request`, `step`, `abort`), in any mixture. A request that cannot
+be served fails alone, with a typed error in its output's `error`; the others go on. Who stops following requests, by leaving a loop or
+through an exception, aborts them. Text grows by whole characters and ends before a stop string.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from .compute.model_runner import ModelRunner
 from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.prefix_cache import PrefixCache
+from .serving.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .serving.engine import Engine
 from .serving.policy import get_policy
 from .serving.scheduler import Scheduler
@@ -40,8 +41,8 @@ from .tiny import MODEL_PATH
 __all__ = ['Prompt', 'PROMPT_FIELDS', 'Params', 'tokenize', 'encode', 'check_token_ids', 'render_chat', 'checked_params',
            'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'completion', 'prompt_logprobs',
            'Finished', 'uninterrupted', 'MailRoom', 'deliver', 'new_id', 'end', 'stop_at_strings', 'LLMEngine', 'serve',
-           'begin_or_reject', 'pair_up', 'PromptServer', 'check_sizes', 'load_model', 'move_model', 'resolve',
-           'eos_token_ids', 'Stats', 'stats_of', 'LLM']
+           'begin_or_reject', 'pair_up', 'PromptServer', 'begin_search', 'spelled', 'BeamSearcher', 'check_sizes',
+           'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
 
 # %% ../nbs/14_llm.ipynb #b2aab861
 Prompt = str | list[int] | dict[str, Any]  # text, ids, {"prompt": text}, {"prompt_token_ids": ids} or {"messages": a conversation}
@@ -281,13 +282,16 @@ class MailRoom:
             self.by_seq_id |= {answer.seq.seq_id: request for answer in answers}
         return request
 
-    def advance(self) -> None:
-        """Run one batch, and let what moved report; when nothing is left to run, let report what has ended unseen."""
+    def advance(self) -> list[EngineSequence]:
+        """Run one batch, and let what moved report; when nothing is left to run, let report what has ended unseen. Returns what moved."""
         with uninterrupted():
-            moved = [seq.seq_id for seq in self.engine.step()] if self.engine.sequences else list(self.by_seq_id)
-            for request in dict.fromkeys(self.by_seq_id[seq_id] for seq_id in moved if seq_id in self.by_seq_id):
+            is_busy = bool(self.engine.sequences)
+            moved = self.engine.step() if is_busy else []
+            seq_ids = [seq.seq_id for seq in moved] if is_busy else list(self.by_seq_id)
+            for request in dict.fromkeys(self.by_seq_id[seq_id] for seq_id in seq_ids if seq_id in self.by_seq_id):
                 stop_at_strings(self.engine, request)
                 deliver(self, request)
+        return moved
 
 # %% ../nbs/14_llm.ipynb #76995ac9
 def deliver(room: MailRoom, request: Request) -> None:
@@ -447,7 +451,60 @@ class PromptServer(LLMEngine):
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.generate([{"messages": each} for each in conversations], sampling_params, use_tqdm)
 
-# %% ../nbs/14_llm.ipynb #e6cb2bef
+# %% ../nbs/14_llm.ipynb #cfdfe0e4
+def begin_search(room: MailRoom, prompt: Any, params: BeamSearchParams) -> BeamSearch:
+    """Put a prompt's beams in line. A search that cannot begin is over at once, with its error."""
+    search = BeamSearch(room.engine, params)
+    try:
+        search.begin(tokenize(prompt, room.tokenizer, room.vocab_size)[1])
+    except InvalidRequest as error:
+        search.close([], error)
+    return search
+
+
+def spelled(output: BeamSearchOutput, tokenizer: PreTrainedTokenizerBase | None) -> BeamSearchOutput:
+    """The same, with the text of each answer and of each token."""
+    if tokenizer is None:
+        return output
+    for each in output.sequences:
+        each.text = str(tokenizer.decode(each.output_token_ids, skip_special_tokens=True))
+        each.logprobs = [named(rated, tokenizer) for rated in each.logprobs]
+    return output
+
+# %% ../nbs/14_llm.ipynb #aa1c8306
+class BeamSearcher(PromptServer):
+    """Whoever answers prompts, and searches for the likeliest answers as well."""
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],  # one or several
+        params: BeamSearchParams,  # for all of them
+        use_tqdm: bool = False,  # show a progress bar
+    ) -> list[BeamSearchOutput]:  # in the order of the prompts
+        """Search for the `beam_width` likeliest answers to each prompt. One that cannot be served has its `error` set."""
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"beam search takes BeamSearchParams(...), not {type(params).__name__}")
+        searches: list[BeamSearch] = []
+        options = {} if use_tqdm else {"disable": True}  # else TQDM_DISABLE of the environment decides
+        try:
+            for prompt, _ in pair_up(prompts, None):
+                with uninterrupted():
+                    searches.append(begin_search(self, prompt, params))
+            with tqdm(total=len(searches), desc="searches", **options) as bar:
+                while num_left := sum(not search.finished for search in searches):
+                    bar.update(len(searches) - num_left - bar.n)
+                    with uninterrupted():
+                        moved = set(self.advance())
+                        for search in searches:
+                            search.after_step(moved)
+                bar.update(len(searches) - bar.n)
+        finally:
+            with uninterrupted():
+                for search in searches:
+                    search.abort()
+        return [spelled(search.output, self.tokenizer) for search in searches if search.output]
+
+# %% ../nbs/14_llm.ipynb #50b89283
 def check_sizes(**sizes: int | None) -> None:
     """Raise `ValueError` for a size that is neither None nor a positive int."""
     for name, size in sizes.items():
@@ -468,7 +525,7 @@ def move_model(model: PreTrainedModel, dtype: str | torch.dtype, device: str | t
         model = move(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model if device is None else move(device)
 
-# %% ../nbs/14_llm.ipynb #3314dd81
+# %% ../nbs/14_llm.ipynb #a0458293
 def resolve(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A loaded model and its tokenizer, from names or objects."""
     if not (model is None or isinstance(model, (str, PathLike, PreTrainedModel))):
@@ -489,7 +546,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
         ids = tokenizer.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
-# %% ../nbs/14_llm.ipynb #ef8fd11f
+# %% ../nbs/14_llm.ipynb #4a21af8f
 @dataclass(frozen=True)
 class Stats:
     """What the engine is doing, and what it has done since it started."""
@@ -522,8 +579,8 @@ def stats_of(scheduler: Scheduler, num_copies: int, finished: Finished) -> Stats
         num_copies=num_copies, **vars(finished),
     )
 
-# %% ../nbs/14_llm.ipynb #6aac83b2
-class LLM(PromptServer):
+# %% ../nbs/14_llm.ipynb #366d9f38
+class LLM(BeamSearcher):
     """A model behind a paged KV cache, a prefix cache and continuous batching."""
 
     def __init__(
