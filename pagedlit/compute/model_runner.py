@@ -28,6 +28,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit
+from .linear import FastLinears
 from .logprobs import logprobs_of
 from .sampler import BadLogits, read_tokens, sample
 from ..memory.allocator import BlockAllocator
@@ -257,7 +258,7 @@ class ModelRunner:
         config = model.config.get_text_config(decoder=True)
         limits = (max_model_len, getattr(config, "max_position_embeddings", None))
         self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
-        self.detour = Detour(model)
+        self.detour, self.linears = Detour(model), FastLinears(model)
         self.calls = checked_layers(self, max_model_len)
         specs = [call.spec for call in self.calls]
         self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, model.dtype, self.device, memory_utilization)
@@ -300,7 +301,8 @@ def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]],
     token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, wanted))
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
     keep = {"logits_to_keep": rows} if runner.takes_rows else {}
-    with forward_context(AttentionMetadata.from_batch(batch, runner.device), runner.backend), runner.detour.to(layers):
+    metadata = AttentionMetadata.from_batch(batch, runner.device)
+    with forward_context(metadata, runner.backend), runner.detour.to(layers), runner.linears.on():
         output = runner.model(input_ids=token_ids[None], position_ids=positions[None], attention_mask=no_mask, use_cache=False, **keep)
     logits: Tensor = output.logits[0]
     return logits if runner.takes_rows else logits[rows]
