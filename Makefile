@@ -17,10 +17,11 @@ demo: $(VENV)/.installed  ## answer questions with the model that ships in the p
 test: $(VENV)/.installed-dev  ## everything that CI checks
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory sync
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=pagedlit --cov-report=term-missing
 
-lint: $(VENV)/.installed-dev  ## ruff
+lint: $(VENV)/.installed-dev  ## ruff, and mypy --strict on the library
 	$(BIN)/ruff check pagedlit tests .ci setup.py
+	$(BIN)/mypy
 
 sync: $(VENV)/.installed-dev  ## are the library and the notebooks what nbdev would write?
 	PATH="$(abspath $(BIN)):$$PATH" .ci/sync
@@ -38,7 +39,7 @@ docs: $(VENV)/.installed-dev  ## render the site into _docs (needs Quarto)
 	$(BIN)/python .ci/readme.py
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist _docs _proc *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist _docs _proc *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	find nbs pagedlit tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
 

@@ -96,13 +96,14 @@ def random_llama(
         num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 128, max_position_embeddings=2048,
         tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    model.eval()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model
 
 # %% ../../nbs/15_cpu_throughput.ipynb #658c4c34
 @torch.inference_mode()
-def static_batches(model: PreTrainedModel, workload: Workload, batch_size: int) -> Outputs:
+def static_batches(model: Any, workload: Workload, batch_size: int) -> Outputs:
     """`model.generate` on left-padded batches in order of arrival; each batch runs until its longest answer is done."""
     outputs: Outputs = []
     for first in range(0, len(workload.prompts), batch_size):
@@ -118,7 +119,8 @@ def static_batches(model: PreTrainedModel, workload: Workload, batch_size: int) 
 def hf_config(num_tokens: int, max_batch_tokens: int, block_size: int = 32) -> ContinuousBatchingConfig:
     """Room for `num_tokens` tokens. The option for the size of a block has had two names."""
     size = "page_size" if "page_size" in {field.name for field in fields(ContinuousBatchingConfig)} else "block_size"
-    return ContinuousBatchingConfig(num_blocks=-(-num_tokens // block_size), max_batch_tokens=max_batch_tokens, **{size: block_size})
+    options: dict[str, Any] = {size: block_size}
+    return ContinuousBatchingConfig(num_blocks=-(-num_tokens // block_size), max_batch_tokens=max_batch_tokens, **options)
 
 
 @contextmanager
