@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## answer questions with the model that ships in the p
 test: $(VENV)/.installed-dev  ## everything that CI checks
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory sync
-	$(BIN)/python -m pytest --cov=pagedlit --cov-report=term-missing
+	$(BIN)/python -m pytest -n 2 --cov=pagedlit --cov-report=term-missing
 
 lint: $(VENV)/.installed-dev  ## ruff, and mypy --strict on the library
 	$(BIN)/ruff check pagedlit tests .ci setup.py

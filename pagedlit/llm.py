@@ -193,7 +193,7 @@ class Request:
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, [completion(i, answer) for i, answer in enumerate(self.answers)],
             self.finished, seqs[0].num_cached_tokens, prompt_logprobs(self.answers[0]), metrics,
-            error=next((seq.error for seq in seqs if seq.error), None),
+            error=next((error for answer in self.answers if (error := answer.failure or answer.seq.error)), None),
         )  # fmt: skip
 
 # %% ../nbs/14_llm.ipynb #8aaee06a
@@ -201,9 +201,9 @@ def completion(index: int, answer: Answer) -> CompletionOutput:
     """An answer as it stands."""
     seq, wanted = answer.seq, answer.seq.params.logprobs is not None
     total = sum(each[token_id].logprob for token_id, each in zip(seq.output_token_ids, seq.logprobs)) if wanted else None
-    return CompletionOutput(
-        index, answer.text(), seq.output_token_ids, total, answer.logprobs() if wanted else None, seq.finish_reason, seq.stop_reason
-    )
+    text, logprobs = answer.text(), answer.logprobs() if wanted else None
+    finish_reason = "error" if answer.failure else seq.finish_reason
+    return CompletionOutput(index, text, seq.output_token_ids, total, logprobs, finish_reason, seq.stop_reason)
 
 
 def prompt_logprobs(answer: Answer) -> list[dict[int, Logprob] | None] | None:
@@ -320,11 +320,13 @@ def end(room: MailRoom, request: Request) -> None:
 
 
 def stop_at_strings(engine: Engine, request: Request) -> None:
-    """End those of a request's answers in which a stop string has appeared."""
+    """End those of a request's answers in which a stop string has appeared, or whose text cannot be decoded."""
     for answer in request.answers:
         if answer.seq.params.stop_strings and (stop := answer.find_stop()):
             engine.finish(answer.seq.seq_id, "stop", stop)
             answer.seq.finish_reason, answer.seq.stop_reason = "stop", stop  # also where its length had ended it in this very step
+        elif answer.failure:
+            engine.finish(answer.seq.seq_id, "error")
 
 # %% ../nbs/14_llm.ipynb #795e1f02
 class LLMEngine(MailRoom):
@@ -504,12 +506,14 @@ class BeamSearcher(PromptServer):
                     search.abort()
         return [spelled(search.output, self.tokenizer) for search in searches if search.output]
 
-# %% ../nbs/14_llm.ipynb #50b89283
-def check_sizes(**sizes: int | None) -> None:
-    """Raise `ValueError` for a size that is neither None nor a positive int."""
-    for name, size in sizes.items():
-        if size is not None and not is_int(size, 1):
+# %% ../nbs/14_llm.ipynb #9f64554e
+def check_sizes(seed: int, sizes: dict[str, int], limits: dict[str, int | None]) -> None:
+    """Raise `ValueError` for a size that is not a positive int, a limit that is neither None nor one, or a seed that is no int."""
+    for name, size in (sizes | {name: limit for name, limit in limits.items() if limit is not None}).items():
+        if not is_int(size, 1):
             raise ValueError(f"{name}={size!r}: must be an int >= 1")
+    if not is_int(seed):
+        raise ValueError(f"seed={seed!r}: must be an int")
 
 
 def load_model(model: str, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
@@ -603,7 +607,8 @@ class LLM(BeamSearcher):
         enforce_eager: bool = False,  # never compile or capture the model; today it always runs eagerly
         seed: int = 0,  # of requests that bring none
     ) -> None:
-        check_sizes(block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
+        sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        check_sizes(seed, sizes, {"num_blocks": num_blocks, "max_model_len": max_model_len, "max_prefill_chunk": max_prefill_chunk})
         policy = get_policy(scheduling_policy)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
         self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len)

@@ -124,7 +124,7 @@ def hf_config(num_tokens: int, max_batch_tokens: int, block_size: int = 32) -> C
 
 
 @contextmanager
-def hf_continuous(model: PreTrainedModel, workload: Workload, max_batch_tokens: int = 512) -> Iterator[Callable[[], Outputs]]:
+def hf_continuous(model: Any, workload: Workload, max_batch_tokens: int = 512) -> Iterator[Callable[[], Outputs]]:
     """transformers' continuous batching, through the manager behind `generate_batch`, which takes a limit for each request."""
     config = hf_config(workload.num_blocks(32) * 32, max_batch_tokens)
     with model.continuous_batching_context_manager(continuous_batching_config=config, timeout=5) as manager:
@@ -204,7 +204,7 @@ def num_ties(model: PreTrainedModel, workload: Workload, expected: Outputs, got:
 
 
 @torch.inference_mode()
-def logit_gap(model: PreTrainedModel, token_ids: list[int], a: int, b: int) -> float:
+def logit_gap(model: Any, token_ids: list[int], a: int, b: int) -> float:
     """How far apart the logits of tokens a and b are after `token_ids`, relative to the largest."""
     logits = model(torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1]
     return float((logits[a] - logits[b]).abs() / logits.abs().max())

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..serving.sequence import Logprob, Sequence, SequenceStatus
 
 # %% auto #0
-__all__ = ['Detokenizer', 'first_stop', 'num_held_back', 'Answer', 'named']
+__all__ = ['Detokenizer', 'first_stop', 'num_held_back', 'UndecodableAnswer', 'Reading', 'Answer', 'name_of', 'named']
 
 # %% ../../nbs/14_text.ipynb #9364a2bd
 class Detokenizer:
@@ -63,24 +63,51 @@ def num_held_back(text: str, stop_strings: tuple[str, ...]) -> int:
     sizes = (size for stop in stop_strings for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(sizes, default=0)
 
-# %% ../../nbs/14_text.ipynb #49170011
-class Answer:
-    """What a reader sees of a sequence: its text, cut off at the first stop string, and the names of the tokens that it rates."""
+# %% ../../nbs/14_text.ipynb #3fb6c0f8
+class UndecodableAnswer(RuntimeError):
+    """The model has said a token that the tokenizer fails on. What it raised is the cause."""
+
+
+class Reading:
+    """A sequence and its text so far. Once it has ended it is read for the last time, however often somebody looks."""
 
     def __init__(self, seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.seq, self.tokenizer, self.detokenizer = seq, tokenizer, Detokenizer(tokenizer)
-        self._num_searched = 0  # characters of the text in which no stop string ends
-        self._stopped_text: str | None = None  # up to a stop string
-        self._logprobs: list[dict[int, Logprob]] = []
+        self.failure: UndecodableAnswer | None = None  # why there is no more text
+        self._is_read = False  # to the end: the text will not change any more
 
     @property
     def finished(self) -> bool:
         """Whether nothing more will come."""
         return self.seq.status is SequenceStatus.FINISHED
 
+    def read(self) -> str:
+        """All text so far, that of a stop string included. Where the tokenizer fails, the text stays as it was."""
+        if not self._is_read:
+            try:
+                self.detokenizer.update(self.seq.output_token_ids, self.finished)
+            except Exception as error:
+                self.failure = UndecodableAnswer(f"the tokenizer cannot decode the answer: {type(error).__name__}: {error}")
+                self.failure.__cause__ = error
+            self._is_read = self.finished or self.failure is not None
+        return self.detokenizer.text
+
+# %% ../../nbs/14_text.ipynb #29e21760
+class Answer(Reading):
+    """What a reader sees of a sequence: its text, cut off at the first stop string, and the names of the tokens that it rates."""
+
+    def __init__(self, seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__(seq, tokenizer)
+        self._num_tokens, self._num_searched = 0, 0  # tokens that were searched; characters in which no stop string ends
+        self._stopped_text: str | None = None  # up to a stop string
+        self._logprobs: list[dict[int, Logprob]] = []
+
     def find_stop(self) -> str | None:
         """The stop string that has appeared since the last call, if any; the text ends before it."""
-        seq, text = self.seq, self.detokenizer.update(self.seq.output_token_ids, self.finished)
+        seq = self.seq
+        if seq.num_output_tokens == self._num_tokens:
+            return None
+        self._num_tokens, text = seq.num_output_tokens, self.read()
         is_shielded = seq.num_output_tokens <= seq.params.min_tokens or self._stopped_text is not None
         found = None if is_shielded else first_stop(text, seq.params.stop_strings, self._num_searched)
         self._num_searched = len(text)
@@ -92,7 +119,7 @@ class Answer:
         """As much of the text as is certain."""
         if self._stopped_text is not None:
             return self._stopped_text
-        text = self.detokenizer.update(self.seq.output_token_ids, self.finished)
+        text = self.read()
         return text if self.finished else text[: len(text) - num_held_back(text, self.seq.params.stop_strings)]
 
     def logprobs(self) -> list[dict[int, Logprob]]:
@@ -100,9 +127,17 @@ class Answer:
         self._logprobs += [named(each, self.tokenizer) for each in self.seq.logprobs[len(self._logprobs) :]]
         return self._logprobs[:]
 
-# %% ../../nbs/14_text.ipynb #1dbcc407
+# %% ../../nbs/14_text.ipynb #5605f221
+def name_of(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text of a token, None where the tokenizer has none."""
+    try:
+        return str(tokenizer.decode([token_id]))
+    except Exception:
+        return None
+
+
 def named(logprobs: dict[int, Logprob], tokenizer: PreTrainedTokenizerBase | None) -> dict[int, Logprob]:
     """The same, with the text of each token."""
     if tokenizer is None:
         return logprobs
-    return {token_id: each._replace(decoded_token=str(tokenizer.decode([token_id]))) for token_id, each in logprobs.items()}
+    return {token_id: each._replace(decoded_token=name_of(token_id, tokenizer)) for token_id, each in logprobs.items()}

@@ -251,8 +251,9 @@ def retire(cache: PrefixCache, seq: Sequence) -> None:
 
 def disown(cache: PrefixCache, seq: Sequence) -> None:
     """Give the blocks back, and let nobody hit what the sequence alone has brought into the cache: it may be wrong."""
-    node = seq.cursor
     give_back(seq)
+    hit = cache.match(seq.token_ids, namespace_of(seq)).block_ids  # what it would find now, a partly filled block included
+    node = cache.nodes[hit[-1]] if hit else None
     while node is not None and cache.nodes.get(node.block_id) is node and not node.children and idle_nodes(cache, [node.block_id]):
         leaf, node = node, node.parent
         forget(cache, leaf, "evicted")

@@ -9,6 +9,7 @@ block table. A sequence that is one token behind decodes; one that is further be
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def is_int(value: object, low: float = -math.inf) -> bool:
 
 def is_number(value: object, low: float, high: float = math.inf) -> bool:
     """A finite number within `[low, high]`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max and low <= value <= high
 
 
 def as_list(value: object) -> list[object]:
