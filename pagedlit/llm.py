@@ -42,7 +42,7 @@ __all__ = ['Prompt', 'PROMPT_FIELDS', 'Params', 'tokenize', 'encode', 'check_tok
            'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'completion', 'prompt_logprobs',
            'Finished', 'uninterrupted', 'MailRoom', 'deliver', 'new_id', 'end', 'stop_at_strings', 'LLMEngine', 'serve',
            'begin_or_reject', 'pair_up', 'PromptServer', 'begin_search', 'spelled', 'BeamSearcher', 'check_sizes',
-           'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
+           'as_dtype', 'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
 
 # %% ../nbs/14_llm.ipynb #b2aab861
 Prompt = str | list[int] | dict[str, Any]  # text, ids, {"prompt": text}, {"prompt_token_ids": ids} or {"messages": a conversation}
@@ -516,17 +516,25 @@ def check_sizes(seed: int, sizes: dict[str, int], limits: dict[str, int | None])
         raise ValueError(f"seed={seed!r}: must be an int")
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name. Raises `ValueError` for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: must be 'auto', or a torch dtype such as 'float32' or torch.bfloat16")
+    return found
+
+
 def load_model(model: str, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
     """A causal LM from a Hub id or a path, on `device` (None: the GPU if there is one)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return move_model(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), "auto", device)
+    return move_model(AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else as_dtype(dtype)), "auto", device)
 
 
 def move_model(model: PreTrainedModel, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
     """A loaded model, in place, as and where it is wanted; "auto" and None leave it as it is."""
     move: Callable[..., PreTrainedModel] = model.to  # the wrapper that transformers puts around it hides its parameters
     if dtype != "auto":
-        model = move(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model = move(as_dtype(dtype))
     return model if device is None else move(device)
 
 # %% ../nbs/14_llm.ipynb #a0458293

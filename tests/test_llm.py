@@ -828,3 +828,10 @@ def test_two_engines_over_one_model_do_not_disturb_each_other():
     second.generate([9, 8, 7, 6, 5, 4], params, use_tqdm=False)
     [again] = first.generate([3, 4, 5, 6, 7, 8], params, use_tqdm=False)
     assert again.num_cached_tokens > 0 and tokens_of(again) == want
+
+
+@pytest.mark.parametrize("model", [None, "loaded"])
+@pytest.mark.parametrize("dtype", ["float33", "nn", 32, None])
+def test_dtype_that_is_none(model, dtype):
+    with pytest.raises(ValueError, match="must be 'auto', or a torch dtype"):
+        LLM(LLM(num_blocks=8).model if model else None, dtype=dtype)

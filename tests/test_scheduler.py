@@ -83,7 +83,7 @@ def test_nothing_is_accepted_and_ignored() -> None:
     with pytest.raises(TypeError, match="temperatur"):
         SamplingParams(temperatur=0)
     for senseless in (
-        {"n": 0}, {"n": True}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": 3}, {"logprobs": -1}, {"prompt_logprobs": 1.5}, {"min_tokens": -1},
+        {"n": 0}, {"n": True}, {"n": 10**9}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": 3}, {"logprobs": -1}, {"prompt_logprobs": 1.5}, {"min_tokens": -1},
         {"min_tokens": 17}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"repetition_penalty": None},
     ):
         with pytest.raises(InvalidRequest, match="must"):

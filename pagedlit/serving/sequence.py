@@ -60,7 +60,7 @@ def as_list(value: object) -> list[object]:
 
 # %% ../../nbs/06_requests.ipynb #bddfe579
 PARAM_RULES = (  # name, what is accepted, in words
-    ("n", lambda v: is_int(v, 1), "an int >= 1"),
+    ("n", lambda v: is_int(v, 1) and v <= 1024, "an int in 1..1024"),
     ("temperature", lambda v: is_number(v, 0), "a finite number >= 0"),
     ("top_p", lambda v: is_number(v, 0, 1) and v > 0, "in (0, 1]"),
     ("top_k", lambda v: is_int(v, -1), "an int >= 1, or 0 or -1 for all tokens"),
