@@ -22,6 +22,7 @@ from rich.text import Text
 
 import pagedlit
 from .bench.cli import bench_app
+from .kernels_cli import kernels_app
 from .serving.sequence import InvalidRequest, SamplingParams
 from .tiny import SYSTEM_PROMPT, questions
 from .viz import engine_text
@@ -34,6 +35,7 @@ __all__ = ['app', 'show_version', 'main_options', 'fail', 'load', 'user_message'
 # %% ../nbs/cli.ipynb #94c5f1bc
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Paged attention you can read and run.")
 app.add_typer(bench_app, name="bench")
+app.add_typer(kernels_app, name="kernels")
 
 
 def show_version(wanted: bool) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .attention import AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
+from .attention import AttentionBackend, AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit
 from .linear import FastLinears
 from .logprobs import logprobs_of
@@ -39,9 +40,9 @@ from ..serving.sequence import SamplingParams, Sequence
 # %% auto #0
 __all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward', 'Detour',
            'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
-           'constant_rope_len', 'check_calls', 'PagedLayer', 'ModelRunner', 'read_output', 'paged_layers',
-           'step_logits', 'probe_tokens', 'paged_logits', 'own_logits', 'relative_error', 'check_logits', 'in_float32',
-           'layers_of', 'checked_layers']
+           'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner', 'read_output',
+           'paged_layers', 'step_logits', 'probe_tokens', 'paged_logits', 'own_logits', 'relative_error',
+           'check_logits', 'in_float32', 'layers_of', 'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -237,7 +238,14 @@ class PagedLayer:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
         return paged_attention(q, k, v, self.kv_cache, scaling, self.sliding_window, softcap, s_aux)[None]
 
-# %% ../../nbs/13_model_runner.ipynb #273a44fa
+# %% ../../nbs/13_model_runner.ipynb #f26d704d
+def backend_for(device: torch.device, name: str) -> AttentionBackend:
+    """An attention backend by name, or for "auto" the fastest that has been checked on such a device. Raises `ValueError` for an unknown name."""
+    if name == "triton":
+        import_module("pagedlit.compute.triton_backend")
+    return get_backend(name if name != "auto" else "cpu" if device.type == "cpu" else "reference")
+
+# %% ../../nbs/13_model_runner.ipynb #de5f90c5
 class ModelRunner:
     """The `Runner` that holds a real model and the pool's tensors."""
 
@@ -252,8 +260,7 @@ class ModelRunner:
     ) -> None:
         """Raises `UnsupportedModel`, or `NoRoomForCache`."""
         self.model, self.device, self.block_size = model.eval(), model.device, block_size
-        fastest = "cpu" if self.device.type == "cpu" else "reference"
-        self.backend = get_backend(fastest if attention_backend == "auto" else attention_backend)
+        self.backend = backend_for(self.device, attention_backend)
         self.takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         config = model.config.get_text_config(decoder=True)
         limits = (max_model_len, getattr(config, "max_position_embeddings", None))
@@ -273,7 +280,7 @@ class ModelRunner:
         logits = step_logits(self, self.layers, batch)
         return read_output(batch, logits, sample(logits[: len(batch.sampling)], batch.sampling, batch.seeds, batch.output_lens, batch.histories))
 
-# %% ../../nbs/13_model_runner.ipynb #bfbb69c9
+# %% ../../nbs/13_model_runner.ipynb #a2dc562a
 def read_output(batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> RunnerOutput:
     """What a step brought, on the host: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R]."""
     try:
@@ -288,7 +295,7 @@ def read_output(batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> Runne
     rated = logprobs_of(logits[rows], targets, [*num_tops.values(), *batch.prompt_tops])
     return RunnerOutput(ids, dict(zip(num_tops, rated)), rated[len(num_tops) :], errors)
 
-# %% ../../nbs/13_model_runner.ipynb #0d12b034
+# %% ../../nbs/13_model_runner.ipynb #b8faa40c
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
     """Each attention module with its part of a cache."""
     return [(call.module, PagedLayer(part, call.sliding_window)) for call, part in zip(calls, kv_cache.layers, strict=True)]
@@ -307,7 +314,7 @@ def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]],
     logits: Tensor = output.logits[0]
     return logits if runner.takes_rows else logits[rows]
 
-# %% ../../nbs/13_model_runner.ipynb #ab197ccf
+# %% ../../nbs/13_model_runner.ipynb #a34ca901
 PROBE_LENS = (7, 5)  # tokens of the two sequences of the self-check
 
 
@@ -331,7 +338,7 @@ def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array
         logits = step_logits(runner, layers, batch)
     return logits.float()
 
-# %% ../../nbs/13_model_runner.ipynb #3c4daef0
+# %% ../../nbs/13_model_runner.ipynb #021ba3aa
 @torch.inference_mode()
 def own_logits(model: PreTrainedModel, probes: list[array[int]], first: int | None = None) -> Tensor:  # [S, V] float32
     """The logits after each sequence by the model's own forward, its positions counted from `first`, or as it likes."""
@@ -365,7 +372,7 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
 
-# %% ../../nbs/13_model_runner.ipynb #8352116b
+# %% ../../nbs/13_model_runner.ipynb #5eee7eed
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 

@@ -1,0 +1,89 @@
+"""The Triton kernels on a GPU: the grid of options in every dtype against float64, the same bits twice, and graph replay. Skipped elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_attention import make_step
+
+from pagedlit.compute.attention import AttentionMetadata, get_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+LENGTHS = {
+    "decodes": [(0, 1), (1, 1), (62, 1), (63, 1), (64, 1), (2000, 1), (5000, 1), (17, 1)],
+    "mixed": [(300, 1), (0, 700), (500, 130), (1000, 1), (63, 65), (0, 1), (40, 2)],
+}
+SINKS = torch.linspace(-2, 3, 64)
+
+
+def options_of(name: str, num_heads: int) -> dict[str, object]:
+    return {
+        "plain": {}, "window": {"sliding_window": 200}, "softcap": {"softcap": 3.0}, "sinks": {"sinks": SINKS[:num_heads]},
+        "all": {"sliding_window": 1000, "softcap": 2.0, "sinks": SINKS[:num_heads]},
+    }[name]  # fmt: skip
+
+
+def on_gpu(metadata: AttentionMetadata) -> AttentionMetadata:
+    tensors = {name: value.cuda() for name, value in vars(metadata).items() if isinstance(value, torch.Tensor)}
+    return replace(metadata, **tensors, plans={})
+
+
+def run(step, options):
+    """The backend's answer on the device, twice."""
+    import pagedlit.compute.triton_backend  # noqa: F401  registers it
+
+    metadata, tensors = on_gpu(step.metadata), [x.cuda() for x in (step.query, step.key, step.value)]
+    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    backend, cache = get_backend("triton"), [tensor.cuda() for tensor in step.kv_cache]
+    first, second = (backend(*tensors, cache, metadata, 0.1, **options) for _ in range(2))
+    assert torch.equal(first, second), "the same launch twice gave different bits"
+    return first.cpu()
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "all"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize(("dim", "heads", "block_size"), [(64, (8, 8), 16), (128, (32, 8), 16), (128, (16, 2), 64), (80, (6, 2), 8), (256, (4, 2), 32)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_options(dtype, dim, heads, block_size, lengths, name):
+    step, options = make_step(lengths, block_size, heads, (dim, dim), dtype), options_of(name, heads[0])
+    torch.testing.assert_close(run(step, options).double(), step.expected(0.1, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_graph_replay_follows_the_lengths():
+    """Captured at one set of lengths, replayed at others: the plan is made again, on the device."""
+    import pagedlit.compute.triton_backend  # noqa: F401
+
+    steps = [make_step(lengths, 16, (8, 2), (64, 64), torch.float16, spare=400 - sum(-(-(a + b) // 16) for a, b in lengths))
+             for lengths in ([(100, 1), (3, 1), (2000, 1)], [(1500, 1), (900, 1), (0, 1)])]
+    backend, metadata = get_backend("triton"), on_gpu(steps[0].metadata)
+    metadata.block_tables = torch.zeros(600, dtype=torch.int32, device="cuda")
+    static = [x.cuda().clone() for x in (steps[0].query, steps[0].key, steps[0].value, steps[0].kv_cache[0])]
+
+    def load(step):
+        fresh = on_gpu(step.metadata)
+        for name in ("slot_mapping", "query_start_loc", "seq_lens", "block_table_start"):
+            getattr(metadata, name).copy_(getattr(fresh, name))
+        metadata.block_tables[: len(fresh.block_tables)] = fresh.block_tables
+        for buffer, new in zip(static, (step.query, step.key, step.value, step.kv_cache[0])):
+            buffer.copy_(new)
+
+    def forward():
+        metadata.plans.clear()
+        return backend(*static[:3], static[3:], metadata, 0.1)
+
+    load(steps[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    for step in (steps[1], steps[0], steps[1]):
+        load(step)
+        graph.replay()
+        torch.testing.assert_close(out.cpu().double(), step.expected(0.1), rtol=5e-3, atol=5e-3)
