@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .compute.model_runner import ModelRunner
 from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
+from .memory.eviction import get_eviction_policy
 from .memory.prefix_cache import PrefixCache
 from .serving.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .serving.engine import Engine
@@ -611,21 +612,20 @@ class LLM(BeamSearcher):
         scheduling_policy: str = "priority",  # who goes first: "fcfs", "priority" or "lpm" (longest cached prefix)
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model and the pool allow
         enable_prefix_caching: bool = True,
+        eviction_policy: str = "lru",  # which idle block goes first: a name of `get_eviction_policy`
         attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
         enforce_eager: bool = False,  # never compile or capture the model; today it always runs eagerly
         seed: int = 0,  # of requests that bring none
     ) -> None:
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         check_sizes(seed, sizes, {"num_blocks": num_blocks, "max_model_len": max_model_len, "max_prefill_chunk": max_prefill_chunk})
-        policy = get_policy(scheduling_policy)
+        policy, eviction = get_policy(scheduling_policy), get_eviction_policy(eviction_policy)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
         self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len)
-        cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, enabled=enable_prefix_caching)
+        cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, eviction, enable_prefix_caching)
         limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
-        scheduler = Scheduler(
-            cache, max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer),
-            max_prefill_chunk=max_prefill_chunk, policy=policy,
-        )  # fmt: skip
+        limits = max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer)
+        scheduler = Scheduler(cache, *limits, max_prefill_chunk=max_prefill_chunk, policy=policy)
         super().__init__(Engine(self.runner, scheduler, seed), tokenizer, self.runner.vocab_size)
 
     def stats(self) -> Stats:

@@ -835,3 +835,20 @@ def test_two_engines_over_one_model_do_not_disturb_each_other():
 def test_dtype_that_is_none(model, dtype):
     with pytest.raises(ValueError, match="must be 'auto', or a torch dtype"):
         LLM(LLM(num_blocks=8).model if model else None, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["lru", "fifo", "lfu", "second-chance", "reuse-bonus"])
+def test_answers_do_not_depend_on_the_eviction_policy(name):
+    model, params = LLM(num_blocks=8).model, greedy(12, ignore_eos=True)
+    prompts = [[*range(5, 45), i] for i in range(5)] + [[*range(60, 100)]] * 2
+    llm = LLM(model, num_blocks=12, eviction_policy=name)
+    for _ in range(2):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [tokens_of(output) for output in outputs] == [tokens_of(output) for output in LLM(model).generate(prompts, params, use_tqdm=False)]
+    assert llm.stats().num_free_blocks == 12
+
+
+@pytest.mark.parametrize("options", [{"eviction_policy": "mru"}, {"scheduling_policy": "lifo"}, {"max_prefill_chunk": 0}], ids=str)
+def test_policies_that_do_not_exist(options):
+    with pytest.raises(ValueError):
+        LLM(**options)

@@ -48,6 +48,9 @@ class AnyLeaf:
     def remove(self, node):
         self.idle.remove(node)
 
+    def forget(self, node):
+        self.idle.discard(node)
+
     def victim(self):
         return max((node for node in self.idle if not node.children), key=lambda node: node.block_id)
 

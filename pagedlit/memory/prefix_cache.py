@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
 from .allocator import BlockAllocator, OutOfBlocks, check_held
 from .block_table import BlockTable
@@ -35,12 +36,14 @@ TOKEN_BYTES = array("i").itemsize  # token ids are kept as int32
 class CacheNode:
     """A published block, or a root (`parent` is None). Children are sorted by their tokens' bytes, for bisection."""
 
-    __slots__ = ("block_id", "child_keys", "children", "depth", "key", "num_tokens", "parent")
+    __slots__ = ("block_id", "child_keys", "children", "depth", "fingerprint", "key", "num_tokens", "parent", "state")
 
     def __init__(self, parent: CacheNode | None, key: Any, block_id: int, num_tokens: int) -> None:
         self.parent, self.key = parent, key  # a block's key is its tokens as bytes; a root's is (epoch, namespace)
         self.block_id, self.num_tokens = block_id, num_tokens
         self.depth: int = 0 if parent is None else parent.depth + 1  # blocks from the root to here
+        self.fingerprint: int = crc32(repr(key).encode()) if parent is None else crc32(key, parent.fingerprint)
+        self.state: Any = None  # what the eviction policy remembers of it
         self.child_keys: list[bytes] = []
         self.children: list[CacheNode] = []
 
@@ -120,8 +123,9 @@ class EvictionPolicy(Protocol):
     """Which idle block goes first. The cache adds blocks leaf before parent; the victim must have no children."""
 
     def add(self, node: CacheNode) -> None: ...  # it has become idle
-    def remove(self, node: CacheNode) -> None: ...  # it is in use again, or gone
-    def victim(self) -> CacheNode: ...  # the one to evict next; it stays until it is removed
+    def remove(self, node: CacheNode) -> None: ...  # it is in use again: a hit
+    def forget(self, node: CacheNode) -> None: ...  # it is cached no longer, idle or not
+    def victim(self) -> CacheNode: ...  # the one to evict next; it stays until it is removed or forgotten
     def __len__(self) -> int: ...  # idle blocks
 
 # %% ../../nbs/05_prefix_cache.ipynb #38ce5ee9
@@ -139,6 +143,9 @@ class LRU:
 
     def remove(self, node: CacheNode) -> None:
         del self._idle[node]
+
+    def forget(self, node: CacheNode) -> None:
+        self._idle.pop(node, None)
 
     def victim(self) -> CacheNode:
         return next(iter(self._idle))
@@ -194,8 +201,7 @@ def idle_nodes(pool: CachedPool, block_ids: Iterable[int]) -> list[CacheNode]:
 def forget(pool: CachedPool, node: CacheNode, reason: str) -> None:
     """Give up a published block: nobody can hit it any more. Whoever still holds it keeps it."""
     assert node.parent is not None and not node.children, "only a leaf can be forgotten"
-    if pool.allocator.ref_counts[node.block_id] == 1:
-        pool.policy.remove(node)
+    pool.policy.forget(node)
     node.parent.detach(node)
     if node.parent.parent is None and not node.parent.children:
         del pool.roots[node.parent.key]
