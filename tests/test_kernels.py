@@ -70,10 +70,10 @@ def test_problems_are_named():
 
 
 def test_report_on_the_command_line():
-    done = CliRunner().invoke(kernels_cli.app, ["report", "--sm", "90", "--name", "write bf16", "--json"])
+    done = CliRunner().invoke(kernels_cli.kernels_app, ["report", "--sm", "90", "--name", "write bf16", "--json"])
     assert done.exit_code == 0 and [row["name"] for row in json.loads(done.stdout)] == ["write bf16"]
-    assert "write bf16" in CliRunner().invoke(kernels_cli.app, ["report", "--sm", "90", "--name", "write bf16"]).stdout
-    assert CliRunner().invoke(kernels_cli.app, ["report", "--name", "nothing"]).exit_code == 2
+    assert "write bf16" in CliRunner().invoke(kernels_cli.kernels_app, ["report", "--sm", "90", "--name", "write bf16"]).stdout
+    assert CliRunner().invoke(kernels_cli.kernels_app, ["report", "--name", "nothing"]).exit_code == 2
 
 
 def test_kernels_know_nothing_of_the_rest():
