@@ -612,7 +612,7 @@ class LLM(BeamSearcher):
         scheduling_policy: str = "priority",  # who goes first: "fcfs", "priority" or "lpm" (longest cached prefix)
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model and the pool allow
         enable_prefix_caching: bool = True,
-        eviction_policy: str = "lru",  # which idle block goes first: a name of `get_eviction_policy`
+        eviction_policy: str = "reuse-bonus",  # which idle block goes first: a name of `get_eviction_policy`
         attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
         enforce_eager: bool = False,  # never compile or capture the model; today it always runs eagerly
         seed: int = 0,  # of requests that bring none

@@ -59,7 +59,7 @@ def greedy(max_tokens: int = 16, **others: object) -> SamplingParams:
 
 def make_engine(num_blocks: int, block_size: int, vocab_size: int = VOCAB_SIZE, **limits: object) -> Engine:
     """An engine over a toy that can be made to fail."""
-    return build_engine(FlakyRunner(num_blocks, block_size, vocab_size), num_blocks, block_size, **limits)
+    return build_engine(FlakyRunner(num_blocks, block_size, vocab_size), num_blocks, block_size, eviction_policy="reuse-bonus", **limits)
 
 
 def record(engine: Engine) -> list:

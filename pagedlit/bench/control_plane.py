@@ -54,7 +54,8 @@ class NoModel:
 
 def idle_engine(num_blocks: int, max_num_seqs: int = 4096) -> Engine:
     """An engine without a model, whose steps take prompts of any length at once."""
-    return build_engine(NoModel(), num_blocks, BLOCK_SIZE, max_num_batched_tokens=1 << 20, max_num_seqs=max_num_seqs)
+    eviction = "reuse-bonus"  # as in `LLM`
+    return build_engine(NoModel(), num_blocks, BLOCK_SIZE, eviction_policy=eviction, max_num_batched_tokens=1 << 20, max_num_seqs=max_num_seqs)
 
 
 def random_tokens(num_tokens: int, seed: int) -> list[int]:

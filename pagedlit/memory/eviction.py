@@ -368,7 +368,7 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
 
 
 def get_eviction_policy(
-    name: str,  # lru, fifo, lfu, second-chance or reuse-bonus
+    name: str,  # lru, fifo, lfu, second-chance or reuse-bonus (the default of `LLM`)
 ) -> EvictionPolicy:
     """A new policy by name. Raises `ValueError` for a name it does not know."""
     if name not in POLICIES:

@@ -23,6 +23,7 @@ from zlib import crc32
 
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import num_blocks_for
+from ..memory.eviction import get_eviction_policy
 from ..memory.prefix_cache import PrefixCache
 from .scheduler import ForwardBatch, RunnerOutput, Scheduler
 from .sequence import InvalidRequest, SamplingParams, Sequence, SequenceStatus
@@ -296,9 +297,10 @@ def build_engine(
     block_size: int,  # tokens a block
     *,
     enable_prefix_caching: bool = True,
+    eviction_policy: str = "lru",  # which idle block goes first: a name of `get_eviction_policy`
     seed: int = 0,  # of the random streams of requests without a seed of their own
     **limits: Any,  # for the `Scheduler`: max_num_batched_tokens, max_num_seqs, ...
 ) -> Engine:
     """An engine with a fresh pool."""
-    cache = PrefixCache(BlockAllocator(num_blocks), block_size, enabled=enable_prefix_caching)
+    cache = PrefixCache(BlockAllocator(num_blocks), block_size, get_eviction_policy(eviction_policy), enable_prefix_caching)
     return Engine(runner, Scheduler(cache, **limits), seed)
