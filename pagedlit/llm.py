@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .compute.model_runner import ModelRunner
+from .compute.quantize import storage_dtype
 from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.eviction import get_eviction_policy
@@ -601,7 +602,8 @@ class LLM(BeamSearcher):
         model: str | PreTrainedModel | None = None,  # a Hub id, a path or a loaded model; None = the small model in the wheel
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,  # None = the one beside a model given by name
-        dtype: str | torch.dtype = "auto",  # of the weights and the KV cache; "auto" = as saved
+        dtype: str | torch.dtype = "auto",  # of the weights; "auto" = as saved
+        kv_cache_dtype: str = "auto",  # of the KV cache: as the weights, or "fp8": eight bits, so that twice or four times as many tokens fit
         device: str | torch.device | None = None,  # None = the GPU if there is one, else the CPU; a loaded model stays where it is
         block_size: int = 16,  # tokens a block
         num_blocks: int | None = None,  # blocks in the pool; None = by memory_utilization (GPU), or a modest pool (CPU)
@@ -619,9 +621,9 @@ class LLM(BeamSearcher):
     ) -> None:
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         check_sizes(seed, sizes, {"num_blocks": num_blocks, "max_model_len": max_model_len, "max_prefill_chunk": max_prefill_chunk})
-        policy, eviction = get_policy(scheduling_policy), get_eviction_policy(eviction_policy)
+        policy, eviction, _ = get_policy(scheduling_policy), get_eviction_policy(eviction_policy), storage_dtype(kv_cache_dtype, torch.float32)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
-        self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len)
+        self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len, kv_cache_dtype)
         cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, eviction, enable_prefix_caching)
         limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
         limits = max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer)

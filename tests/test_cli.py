@@ -46,7 +46,7 @@ def llm():
 @pytest.fixture
 def small_model(llm, monkeypatch):
     """The commands without the second that loading takes."""
-    monkeypatch.setattr(cli, "load", lambda model, num_blocks=None: llm)
+    monkeypatch.setattr(cli, "load", lambda model, num_blocks=None, kv_cache_dtype="auto": llm)
 
 
 # the frame

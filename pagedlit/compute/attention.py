@@ -25,16 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kv_cache import SlotIndex, scatter_kv, slot_index, split_kv
+from .kv_cache import SlotIndex, as_bytes, scatter_kv, slot_index, split_kv
+from .quantize import E4M3, as_stored, check_storage, decode, parts_of_256, units
 from ..serving.scheduler import ForwardBatch
 
 # %% auto #0
 __all__ = ['TILE_ROWS', 'WORKSPACE_BYTES', 'view_of', 'AttentionMetadata', 'visible', 'dense_attention', 'check_shapes',
-           'paged_attention_reference', 'padded_block_tables', 'Formula', 'attend', 'attend_unfused', 'causal_mask',
-           'attend_chunk', 'LayerKind', 'Group', 'Reach', 'cache_rows', 'stale_rows', 'group_mask', 'similar_lengths',
-           'head_ranges', 'rows_of', 'make_plan', 'plan_for', 'Workspace', 'gather_group', 'CPUBackend',
-           'AttentionBackend', 'register_backend', 'get_backend', 'ForwardContext', 'ContextStack', 'forward_context',
-           'current_context', 'paged_attention']
+           'check_step', 'paged_attention_reference', 'padded_block_tables', 'Formula', 'attend', 'attend_unfused',
+           'causal_mask', 'attend_chunk', 'LayerKind', 'Group', 'Reach', 'cache_rows', 'stale_rows', 'group_mask',
+           'similar_lengths', 'head_ranges', 'rows_of', 'make_plan', 'plan_for', 'Workspace', 'gather_group',
+           'as_numbers', 'keys_and_values', 'CPUBackend', 'AttentionBackend', 'register_backend', 'get_backend',
+           'ForwardContext', 'ContextStack', 'forward_context', 'current_context', 'paged_attention']
 
 # %% ../../nbs/10_attention.ipynb #a2311afb
 def view_of(
@@ -134,6 +135,17 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, v
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query rows have {query.shape[2]} elements, key rows {key.shape[2]}")
 
+
+def check_step(metadata: AttentionMetadata, num_blocks: int) -> None:
+    """Raises `ValueError` for a length beyond its table, and for a block or slot that is not in the pool. Waits for the device."""
+    size, room = metadata.block_size, metadata.block_table_start.diff() * metadata.block_size
+    if (metadata.seq_lens > room).any():
+        s = int((metadata.seq_lens > room).nonzero()[0])
+        raise ValueError(f"sequence {s} has {int(metadata.seq_lens[s])} tokens, its block table room for {int(room[s])}")
+    for name, numbers, limit in (("block", metadata.block_tables, num_blocks), ("slot", metadata.slot_mapping + 1, num_blocks * size + 1)):
+        if wrong := numbers[(numbers < 0) | (numbers >= limit)].tolist():
+            raise ValueError(f"{name} {wrong[0] - (name == 'slot')} is not in a pool of {num_blocks} blocks of {size} slots")
+
 # %% ../../nbs/10_attention.ipynb #54e7f11d
 def paged_attention_reference(
     query: Tensor,  # [T, Hq, Dk]
@@ -145,16 +157,22 @@ def paged_attention_reference(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [Hq]
+    key_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache: its numbers are multiplied by it
+    value_scales: Tensor | None = None,  # [Hkv] float32
 ) -> Tensor:  # [T, Hq, Dv]
-    """The specification: write, then gather each sequence through its block table and attend. Raises `ValueError` for wrong shapes."""
+    """The specification: write, then gather each sequence through its block table and attend. Raises `ValueError` for what cannot be."""
     key_cache, value_cache = split_kv(kv_cache)
     check_shapes(query, key, value, key_cache, value_cache, metadata.block_size)
+    check_storage(query.dtype, key_cache, value_cache, key_scales, value_scales)
+    check_step(metadata, len(key_cache))
+    key, value = as_stored(key, key_cache.dtype, key_scales), as_stored(value, value_cache.dtype, value_scales)
     scatter_kv(key_cache, value_cache, key, value, metadata.slot_index())
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     rows, tables = metadata.query_start_loc.tolist(), metadata.block_table_start.tolist()
     for s, seq_len in enumerate(metadata.seq_lens.tolist()):
         blocks = metadata.block_tables[tables[s] : tables[s + 1]].long()
-        k, v = (cache[blocks].transpose(1, 2).flatten(0, 1)[:seq_len] for cache in (key_cache, value_cache))
+        k, v = (as_bytes(cache)[blocks].view(cache.dtype).transpose(1, 2).flatten(0, 1)[:seq_len] for cache in (key_cache, value_cache))
+        k, v = decode(k, key_scales), decode(v, value_scales)
         q = query[rows[s] : rows[s + 1]]
         out[rows[s] : rows[s + 1]] = dense_attention(q, k, v, scale, sliding_window, softcap, sinks).to(out.dtype)
     return out
@@ -258,16 +276,16 @@ class LayerKind(NamedTuple):
 
     sliding_window: int | None
     num_kv_heads: int
-    row_bytes: int  # of K and V of one (token, head)
+    row_bytes: int  # of K and V of one (token, head), as they are computed with
     interleaved: bool  # K and V of a (block, head) lie in one tensor
-    dtype: torch.dtype
+    dtype: torch.dtype  # in which they are computed with
 
     @classmethod
-    def of(cls, kv_cache: Sequence[Tensor], sliding_window: int | None) -> LayerKind:
-        """Read it off the layer's tensors."""
-        first, last = kv_cache[0], kv_cache[-1]
-        row_bytes = (first.shape[-1] + last.shape[-1]) * first.itemsize
-        return cls(sliding_window, first.shape[1], row_bytes, len(kv_cache) == 1, first.dtype)
+    def of(cls, kv_cache: Sequence[Tensor], sliding_window: int | None, dtype: torch.dtype | None = None) -> LayerKind:
+        """Read it off the layer's tensors; `dtype` is that of the query, where the cache has another one."""
+        first, last, dtype = kv_cache[0], kv_cache[-1], dtype or kv_cache[0].dtype
+        row_bytes = (first.shape[-1] + last.shape[-1]) * dtype.itemsize
+        return cls(sliding_window, first.shape[1], row_bytes, len(kv_cache) == 1, dtype)
 
 
 @dataclass(eq=False)
@@ -411,6 +429,7 @@ class Workspace(threading.local):
 def gather_group(group: Group, kv_cache: Sequence[Tensor], workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Copy rows of (block, head) side by side: K [n, heads, num_keys, Dk] and V [n, heads, num_keys, Dv], in the workspace."""
     assert group.gather is not None, "a group without a past has nothing to gather"
+    kv_cache = [as_bytes(cache) for cache in kv_cache]
     block_size, dims = kv_cache[0].shape[-2], [cache.shape[-1] for cache in kv_cache]
     num_rows = group.gather.numel() * block_size
     parts = workspace.take(num_rows * sum(dims), kv_cache[0].dtype).split([num_rows * dim for dim in dims])
@@ -422,6 +441,30 @@ def gather_group(group: Group, kv_cache: Sequence[Tensor], workspace: Workspace)
         for part in (key, value):
             part.view(-1, part.shape[-1]).index_fill_(0, group.stale, 0)
     return key[:, :, : group.num_keys], value[:, :, : group.num_keys]
+
+# %% ../../nbs/10_attention.ipynb #0b25859c
+def as_numbers(key: Tensor, value: Tensor, dtype: torch.dtype, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """256th parts of what the codes of a group's K and V stand for, in the workspace."""
+    sizes = key.numel(), value.numel()
+    outs, spare = workspace.take(sum(sizes), dtype).split(sizes), workspace.take(max(sizes), torch.int16)
+    parts = (parts_of_256(x, out.view(x.shape), spare[: x.numel()].view(x.shape)) for x, out in zip((key, value), outs))
+    return next(parts), next(parts)
+
+
+def keys_and_values(
+    group: Group,
+    key: Tensor,  # [T, Hkv, Dk]: K of the step as it is stored
+    value: Tensor,  # [T, Hkv, Dv]
+    kv_cache: Sequence[Tensor],
+    workspace: Workspace,
+    dtype: torch.dtype,  # in which they are computed with
+) -> tuple[Tensor, Tensor]:  # [n, heads, num_keys, Dk] and [.., Dv], of an eight-bit cache 256th parts
+    """What a group's rows attend to: gathered, or from the step alone where it has no past."""
+    if group.gather is None:
+        pair = key[group.rows].transpose(0, 1)[None], value[group.rows].transpose(0, 1)[None]
+    else:
+        pair = gather_group(group, kv_cache, workspace)
+    return as_numbers(*pair, dtype, workspace) if kv_cache[0].dtype == E4M3 else pair
 
 # %% ../../nbs/10_attention.ipynb #8d20992b
 class CPUBackend:
@@ -441,26 +484,28 @@ class CPUBackend:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [Hq]
+        key_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache
+        value_scales: Tensor | None = None,  # [Hkv] float32
     ) -> Tensor:  # [T, Hq, Dv]
         """The same as `paged_attention_reference`, without its checks."""
+        dtype, is_coded = kv_cache[0].dtype, kv_cache[0].dtype == E4M3  # products are of 256th parts of codes; query and result make up for it
+        key, value = as_stored(key, dtype, key_scales), as_stored(value, dtype, value_scales)
         scatter_kv(*split_kv(kv_cache), key, value, metadata.slot_index())
-        plan = plan_for(metadata, LayerKind.of(kv_cache, sliding_window))
+        plan = plan_for(metadata, LayerKind.of(kv_cache, sliding_window, query.dtype))
         query = query.unflatten(1, (key.shape[1], -1))
+        query = (query * units(key_scales)).to(query.dtype) if is_coded else query
         out = query.new_empty(*query.shape[:3], value.shape[2])
         out[int(metadata.query_start_loc[-1]) :] = 0  # rows of padding
         sinks = None if sinks is None else sinks.view(query.shape[1:3])
         for group in plan:
             part = group.rows, group.heads
             formula = Formula(scale, sliding_window, softcap, None if sinks is None else sinks[group.heads])
-            if group.gather is None:  # all of its keys are in this step
-                k, v = key[group.rows].transpose(0, 1)[None], value[group.rows].transpose(0, 1)[None]
-            else:
-                k, v = gather_group(group, kv_cache, self.workspace)
+            k, v = keys_and_values(group, key, value, kv_cache, self.workspace, query.dtype)
             if group.is_chunk:
                 attend_chunk(query[part], k[0], v[0], out[part], formula)
             else:
                 out[part] = attend(query[part], k, v, group.mask, formula)
-        return out.flatten(1, 2)
+        return (out * units(value_scales)).to(out.dtype).flatten(1, 2) if is_coded else out.flatten(1, 2)
 
 # %% ../../nbs/10_attention.ipynb #9e937167
 class AttentionBackend(Protocol):
@@ -477,6 +522,8 @@ class AttentionBackend(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -540,14 +587,18 @@ def current_context() -> ForwardContext:
 def _paged_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: list[Tensor], scale: float,
     sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    key_scales: Tensor | None = None, value_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     metadata, backend = current_context()
-    return backend(query, key, value, kv_cache, metadata, scale, sliding_window, softcap, sinks)
+    kv_cache = [cache.view(E4M3) if cache.dtype == torch.uint8 else cache for cache in kv_cache]
+    scales = () if key_scales is None and value_scales is None else (key_scales, value_scales)
+    return backend(query, key, value, kv_cache, metadata, scale, sliding_window, softcap, sinks, *scales)
 
 
 def _paged_attention_fake(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: list[Tensor], scale: float,
     sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    key_scales: Tensor | None = None, value_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
@@ -556,7 +607,7 @@ _library = torch.library.Library("pagedlit", "FRAGMENT")
 if not hasattr(torch.ops.pagedlit, "paged_attention"):  # once in a process: this cell may run beside the installed module
     _library.define(
         "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!)[] kv_cache, float scale, "
-        "int? sliding_window=None, float? softcap=None, Tensor? sinks=None) -> Tensor"
+        "int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor"
     )
     _library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
     torch.library.register_fake("pagedlit::paged_attention", _paged_attention_fake, lib=_library)
@@ -566,15 +617,18 @@ def paged_attention(
     query: Tensor,  # [T, Hq, Dk]
     key: Tensor,  # [T, Hkv, Dk]: K of the T new tokens
     value: Tensor,  # [T, Hkv, Dv]
-    kv_cache: list[Tensor],  # the layer's one or two tensors, changed in place
+    kv_cache: list[Tensor],  # the layer's one or two tensors, changed in place; uint8 = the bytes of e4m3
     scale: float,  # of the logits, usually Dk ** -0.5
     sliding_window: int | None = None,  # tokens a query sees, itself included; None = all
     softcap: float | None = None,  # logits become softcap * tanh(logits / softcap)
     sinks: Tensor | None = None,  # [Hq] one more logit for each head, without a value
+    key_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache: its numbers are multiplied by it
+    value_scales: Tensor | None = None,  # [Hkv] float32
 ) -> Tensor:  # [T, Hq, Dv], dtype of the query
     """Write the step's K and V, then attend causally through the block tables of the current `forward_context`.
 
     An op that torch.compile does not look into. Rows that belong to no sequence give zeros. Raises `RuntimeError` outside a context.
     """
-    out: Tensor = torch.ops.pagedlit.paged_attention.default(query, key, value, kv_cache, scale, sliding_window, softcap, sinks)
+    options = sliding_window, softcap, sinks, key_scales, value_scales
+    out: Tensor = torch.ops.pagedlit.paged_attention.default(query, key, value, kv_cache, scale, *options)
     return out

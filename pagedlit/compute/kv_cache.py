@@ -13,8 +13,9 @@ The copies of a step take effect together: every source is read before any desti
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,10 @@ from torch import Tensor
 from ..memory.copy_on_write import BlockCopy
 
 # %% auto #0
-__all__ = ['CPU_CACHE_TOKENS', 'CPU_CACHE_SHARE', 'LayerSpec', 'bytes_per_block', 'empty_layer', 'split_kv', 'SlotIndex',
-           'slot_index', 'scatter_kv', 'write_kv', 'copy_blocks', 'NoRoomForCache', 'readable', 'KVCache',
-           'blocks_within', 'DeviceMemory', 'gpu_blocks', 'available_memory', 'cpu_blocks', 'blocks_that_fit']
+__all__ = ['Copier', 'CPU_CACHE_TOKENS', 'CPU_CACHE_SHARE', 'LayerSpec', 'bytes_per_block', 'empty_layer', 'split_kv',
+           'SlotIndex', 'slot_index', 'as_bytes', 'scatter_kv', 'write_kv', 'copy_blocks', 'torch_copier',
+           'NoRoomForCache', 'readable', 'KVCache', 'blocks_within', 'DeviceMemory', 'gpu_blocks', 'available_memory',
+           'cpu_blocks', 'blocks_that_fit']
 
 # %% ../../nbs/09_kv_cache.ipynb #731c6bf3
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ def slot_index(
     return SlotIndex(rows, slots // block_size, slots % block_size)
 
 # %% ../../nbs/09_kv_cache.ipynb #d2382c3e
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A view as uint8 of numbers of one byte, which torch moves on every device; others as they are."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+
+
 def scatter_kv(
     key_cache: Tensor,  # [num_blocks, Hkv, block_size, Dk], changed in place
     value_cache: Tensor,  # [num_blocks, Hkv, block_size, Dv], changed in place
@@ -104,7 +111,7 @@ def scatter_kv(
     rows, block_ids, offsets = index
     for cache, new in ((key_cache, key), (value_cache, value)):
         new = new[: len(block_ids)] if rows is None else new[rows]
-        cache[block_ids, :, offsets] = new.to(cache.dtype)
+        as_bytes(cache)[block_ids, :, offsets] = as_bytes(new.to(cache.dtype))
 
 
 def write_kv(
@@ -127,8 +134,16 @@ def copy_blocks(
     assert len(set(destinations)) == len(destinations), f"two copies into one block: {sorted(destinations)}"
     indices = torch.tensor([sources, destinations], device=tensors[0].device)
     for tensor in tensors:
-        used = tensor[..., : max(num_tokens), :]
+        used = as_bytes(tensor)[..., : max(num_tokens), :]
         used.index_copy_(0, indices[1], used.index_select(0, indices[0]))
+
+
+Copier = Callable[[Sequence[BlockCopy]], None]  # applies a step's copies to tensors that it knows
+
+
+def torch_copier(tensors: Sequence[Tensor]) -> Copier:
+    """`copy_blocks` for these tensors: two calls of torch for each."""
+    return partial(copy_blocks, tensors)
 
 # %% ../../nbs/09_kv_cache.ipynb #983dcfc8
 class NoRoomForCache(MemoryError):
@@ -153,6 +168,8 @@ class KVCache:
         block_size: int,  # tokens a block
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        make_copier: Callable[[Sequence[Tensor]], Copier] = torch_copier,  # a backend may know a faster one
+        scales: Sequence[Tensor] | None = None,  # of an eight-bit cache, for each layer [2, num_kv_heads] float32: of K and of V
     ) -> None:
         """Raises `ValueError` for an impossible size, `NoRoomForCache` if the device has no room."""
         if num_blocks < 1 or block_size < 1:
@@ -165,6 +182,7 @@ class KVCache:
         except RuntimeError as error:
             text = f"{num_blocks} blocks of {block_size} tokens take {readable(self.num_bytes)} on {device}; use fewer blocks"
             raise NoRoomForCache(text) from error
+        self.scales, self.copy = scales, make_copier([tensor for layer in self.layers for tensor in layer])
 
     def key(self, layer: int) -> Tensor:
         """K of a layer, a view [num_blocks, num_kv_heads, block_size, key_dim]."""
@@ -177,7 +195,7 @@ class KVCache:
     def apply_copies(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks in every layer; all sources are read before any destination is written."""
         if copies:
-            copy_blocks([tensor for layer in self.layers for tensor in layer], copies)
+            self.copy(copies)
 
 # %% ../../nbs/09_kv_cache.ipynb #d5b53cd9
 def blocks_within(

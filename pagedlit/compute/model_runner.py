@@ -28,9 +28,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import AttentionBackend, AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
-from .kv_cache import KVCache, LayerSpec, blocks_that_fit
+from .kv_cache import KVCache, LayerSpec, blocks_that_fit, split_kv, torch_copier
 from .linear import FastLinears
 from .logprobs import logprobs_of
+from .quantize import E4M3, head_scales, storage_dtype
 from .sampler import BadLogits, read_tokens, sample
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import BlockTable
@@ -38,11 +39,11 @@ from ..serving.scheduler import ForwardBatch, RunnerOutput
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
-__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward', 'Detour',
-           'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows', 'check_config',
-           'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner', 'read_output',
-           'paged_layers', 'step_logits', 'probe_tokens', 'paged_logits', 'own_logits', 'relative_error',
-           'check_logits', 'in_float32', 'layers_of', 'checked_layers']
+__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward',
+           'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows',
+           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner',
+           'read_output', 'paged_layers', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits', 'own_logits',
+           'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of', 'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -230,13 +231,14 @@ class PagedLayer:
 
     kv_cache: list[Tensor]
     sliding_window: int | None
+    scales: tuple[Tensor | None, ...] = (None, None)  # of an eight-bit cache: of K and of V, each [Hkv] float32
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
         softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
-        return paged_attention(q, k, v, self.kv_cache, scaling, self.sliding_window, softcap, s_aux)[None]
+        return paged_attention(q, k, v, self.kv_cache, scaling, self.sliding_window, softcap, s_aux, *self.scales)[None]
 
 # %% ../../nbs/13_model_runner.ipynb #f26d704d
 def backend_for(device: torch.device, name: str) -> AttentionBackend:
@@ -257,8 +259,9 @@ class ModelRunner:
         memory_utilization: float = 0.9,  # share of the GPU's memory for weights, KV cache and workspace together
         attention_backend: str = "auto",  # a registered backend's name; "auto" = the fastest for the device
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model allows
+        kv_cache_dtype: str = "auto",  # as the model computes, or "fp8": eight bits, with a scale for each head
     ) -> None:
-        """Raises `UnsupportedModel`, or `NoRoomForCache`."""
+        """Raises `UnsupportedModel`, `NoRoomForCache`, or `ValueError` for an unknown name."""
         self.model, self.device, self.block_size = model.eval(), model.device, block_size
         self.backend = backend_for(self.device, attention_backend)
         self.takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -268,8 +271,10 @@ class ModelRunner:
         self.detour, self.linears = Detour(model), FastLinears(model)
         self.calls = checked_layers(self, max_model_len)
         specs = [call.spec for call in self.calls]
-        self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, model.dtype, self.device, memory_utilization)
-        self.kv_cache = KVCache(specs, self.num_blocks, block_size, model.dtype, self.device)
+        dtype, make_copier = storage_dtype(kv_cache_dtype, model.dtype), getattr(self.backend, "make_copier", torch_copier)
+        scales = measured_scales(self) if dtype == E4M3 else None
+        self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, dtype, self.device, memory_utilization)
+        self.kv_cache = KVCache(specs, self.num_blocks, block_size, dtype, self.device, make_copier, scales)
         self.layers = paged_layers(self.calls, self.kv_cache)
         self.num_copies = 0  # blocks copied on write so far
 
@@ -298,7 +303,9 @@ def read_output(batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> Runne
 # %% ../../nbs/13_model_runner.ipynb #b8faa40c
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
     """Each attention module with its part of a cache."""
-    return [(call.module, PagedLayer(part, call.sliding_window)) for call, part in zip(calls, kv_cache.layers, strict=True)]
+    scales = [(None, None)] * len(calls) if kv_cache.scales is None else [tuple(each) for each in kv_cache.scales]
+    parts = zip(calls, kv_cache.layers, scales, strict=True)
+    return [(call.module, PagedLayer(part, call.sliding_window, pair)) for call, part, pair in parts]
 
 
 @torch.inference_mode()
@@ -323,12 +330,18 @@ def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
     return array("i", (index * 7919 % vocab_size for index in range(num_tokens, 2 * num_tokens)))
 
 
-def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]]) -> Tensor:  # [S, V] float32
-    """The logits after each sequence, packed into one batch and computed in two chunks through a small cache of their own."""
-    kv_cache, logits = KVCache([call.spec for call in calls], 8, 2, runner.model.dtype, runner.device), torch.empty(0)
-    pool, layers = BlockAllocator(kv_cache.num_blocks), paged_layers(calls, kv_cache)
-    seqs = [Sequence(i, ids, len(ids), SamplingParams(), table=BlockTable(pool, 2)) for i, ids in enumerate(probes)]
-    for chunk in (3, max(PROBE_LENS)):
+def small_cache(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]], block_size: int = 2) -> KVCache:
+    """A small cache with room for the sequences, in the model's dtype."""
+    num_blocks = sum(-(-len(ids) // block_size) for ids in probes)
+    return KVCache([call.spec for call in calls], num_blocks, block_size, runner.model.dtype, runner.device)
+
+
+def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]], kv_cache: KVCache) -> Tensor:  # [S, V] float32
+    """The logits after each sequence, packed into one batch and computed in two chunks through a cache of their own."""
+    logits, pool, layers = torch.empty(0), BlockAllocator(kv_cache.num_blocks), paged_layers(calls, kv_cache)
+    tables = [BlockTable(pool, kv_cache.block_size) for _ in probes]
+    seqs = [Sequence(i, ids, len(ids), SamplingParams(), table=table) for i, (ids, table) in enumerate(zip(probes, tables))]
+    for chunk in (3, max(map(len, probes))):
         batch = ForwardBatch(kv_cache.block_size)
         for seq in seqs:
             assert seq.table is not None, "a probe has a table"
@@ -360,7 +373,7 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     expected = own_logits(runner.model, probes)
     if expected.isnan().any():
         raise UnsupportedModel("its own logits are NaN, without any paged cache")
-    error = relative_error(paged_logits(runner, calls, probes), expected)
+    error = relative_error(paged_logits(runner, calls, probes, small_cache(runner, calls, probes)), expected)
     if error <= 1e-5:
         return
     limit = 1e-3 if runner.model.dtype in (torch.float32, torch.float64) else 0.2
@@ -371,6 +384,20 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
         raise UnsupportedModel("left to itself it does not count positions from 0, as generate and this engine do")
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
+
+# %% ../../nbs/13_model_runner.ipynb #13a89dbd
+CALIBRATION_LENS = (256, 128)  # tokens of the two sequences whose K and V set the scales of an eight-bit cache
+
+
+def measured_scales(runner: ModelRunner) -> list[Tensor]:  # of each layer [2, Hkv] float32
+    """The scales of an eight-bit cache, from what the model writes into a small cache of its own dtype."""
+    lens = [max(*PROBE_LENS, min(num_tokens, runner.max_position or num_tokens)) for num_tokens in CALIBRATION_LENS]
+    probes = [probe_tokens(runner.vocab_size, num_tokens) for num_tokens in lens]
+    kv_cache = small_cache(runner, runner.calls, probes, block_size=16)
+    for tensor in (tensor for layer in kv_cache.layers for tensor in layer):
+        tensor.zero_()  # the end of a last block may stay unwritten
+    paged_logits(runner, runner.calls, probes, kv_cache)
+    return [head_scales(*split_kv(layer)) for layer in kv_cache.layers]
 
 # %% ../../nbs/13_model_runner.ipynb #5eee7eed
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32

@@ -13,6 +13,7 @@ was warmed up with the same sizes; rows of no sequence give zeros.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from .attention import AttentionMetadata, register_backend
 from .kv_cache import split_kv
-from ..kernels.cache_write import check_cache, write_kv_launch
+from ..kernels.cache_write import check_cache, copy_blocks_launch, copy_targets, ordered_moves, write_kv_launch
 from ..kernels.decode import DecodeConfig, DecodeScratch, check_query, decode_config, decode_launch, num_places, plan_launch
 from ..kernels.extend import ExtendConfig, extend_config, extend_launch, extend_plan_launch, max_extend_items
+from ..memory.copy_on_write import BlockCopy
 
 # %% auto #0
-__all__ = ['StepPlan', 'make_plan', 'plan_for', 'Scratch', 'TritonBackend']
+__all__ = ['StepPlan', 'make_plan', 'plan_for', 'Scratch', 'BlockCopier', 'TritonBackend']
 
 # %% ../../nbs/11e_triton_backend.ipynb #ebd2bcf4
 class StepPlan(NamedTuple):
@@ -82,12 +84,25 @@ class Scratch(threading.local):
                 scratch = self.buffers[device] = DecodeScratch.empty(num_items, num_heads, value_dim, device)
         return scratch
 
+# %% ../../nbs/11e_triton_backend.ipynb #3e488ed9
+class BlockCopier:
+    """Applies a step's block copies to all layers of a pool: one launch for each shape of tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.targets = tensors, copy_targets(tensors)
+
+    def __call__(self, copies: Sequence[BlockCopy]) -> None:
+        """All sources are read before any destination is written. Nothing is checked, nothing waits."""
+        moves = torch.tensor(ordered_moves(copies), dtype=torch.int32).view(-1, 3).to(self.tensors[0].device, non_blocking=True)
+        for targets in self.targets:
+            copy_blocks_launch(targets, moves).run()
+
 # %% ../../nbs/11e_triton_backend.ipynb #0e495bad
 class TritonBackend:
     """Paged attention by the Triton kernels."""
 
     def __init__(self) -> None:
-        self.scratch = Scratch()
+        self.scratch, self.make_copier = Scratch(), BlockCopier
 
     def __call__(
         self,
@@ -100,6 +115,8 @@ class TritonBackend:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [Hq]
+        key_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache
+        value_scales: Tensor | None = None,  # [Hkv] float32
     ) -> Tensor:  # [T, Hq, Dv]
         """The same as `paged_attention_reference`. Raises `ValueError` for layers that the kernels do not cover."""
         key_cache, value_cache = split_kv(kv_cache)
@@ -108,12 +125,12 @@ class TritonBackend:
         if not metadata.num_seqs:
             return out
         plan = plan_for(query, kv_cache, metadata, sliding_window)
-        write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping).run()
+        write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
         layer = query, key_cache, value_cache, out, metadata.block_tables
         scratch = self.scratch.take(len(plan.decode_items), query.shape[1], value.shape[2], query.device)
-        decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks).run()
+        decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks, key_scales, value_scales).run()
         if plan.extend_items is not None:
-            extend_launch(*layer, plan.extend_items, plan.extend, scale, sliding_window, softcap, sinks).run()
+            extend_launch(*layer, plan.extend_items, plan.extend, scale, sliding_window, softcap, sinks, key_scales, value_scales).run()
         return out
 
 

@@ -54,7 +54,7 @@ def write_rows(
     inside = (heads < num_heads) & (d < DIM)
     rows = tl.load(new + token * token_stride + heads * head_stride + d, mask=inside, other=0.0)
     if HAS_SCALES:
-        rows = rows.to(tl.float32) / tl.load(scales + heads, mask=heads < num_heads, other=1.0)
+        rows = tl.div_rn(rows.to(tl.float32), tl.load(scales + heads, mask=heads < num_heads, other=1.0))
     if ENCODE:
         rows = encode_e4m3(rows.to(tl.float32))
     place = slot // BLOCK_SIZE * block_stride + heads * cache_head_stride + slot % BLOCK_SIZE * DIM + d
