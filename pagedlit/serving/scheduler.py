@@ -469,10 +469,12 @@ def take_in(state: Roster, output: RunnerOutput) -> list[Sequence]:
 class Scheduler(Roster):
     """Decides what runs in the next step."""
 
+    batch_type: type[ForwardBatch] = ForwardBatch  # a simulation counts tokens instead of laying them out
+
     def schedule(self, only: Sequence | None = None) -> ForwardBatch | None:
         """Plan the next step, or the next step of one sequence alone; None when there is nothing to run."""
         assert not self.scheduled, "the last step was not updated"
-        batch = ForwardBatch(self.block_size)
+        batch = self.batch_type(self.block_size)
         if only is not None:
             schedule_alone(self, batch, only)
         elif not schedule_running(self, batch):
