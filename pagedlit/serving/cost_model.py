@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ..memory.copy_on_write import BlockCopy
@@ -57,6 +56,11 @@ class ModelShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     element_bytes: int = 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return self.num_params * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -123,24 +127,15 @@ class CostModel:
     flops_share: float = 0.6  # of the datasheet's peak
     overhead: float = 0.002  # seconds of a step, whatever its size
 
-    @cached_property
-    def bytes_per_second(self) -> float:
-        """That are really read, by all GPUs together."""
-        return self.device.bytes_per_second * self.num_gpus * self.bandwidth_share
-
-    @cached_property
-    def flops(self) -> float:
-        """That are really reached, by all GPUs together."""
-        return self.device.flops * self.num_gpus * self.flops_share
-
     def memory_seconds(self, load: Load) -> float:
         """To read the weights and the cache once, and to write the new tokens."""
-        num_kv_tokens = load.num_kv_tokens + load.num_tokens
-        return (self.model.num_params * self.model.element_bytes + num_kv_tokens * self.model.kv_bytes_per_token) / self.bytes_per_second
+        num_bytes = self.model.weight_bytes + (load.num_kv_tokens + load.num_tokens) * self.model.kv_bytes_per_token
+        return num_bytes / (self.device.bytes_per_second * self.num_gpus * self.bandwidth_share)
 
     def compute_seconds(self, load: Load) -> float:
         """For the products with weights, and for the attention."""
-        return (2 * self.model.num_params * load.num_tokens + self.model.flops_per_pair * load.num_pairs) / self.flops
+        num_flops = 2 * self.model.num_params * load.num_tokens + self.model.flops_per_pair * load.num_pairs
+        return num_flops / (self.device.flops * self.num_gpus * self.flops_share)
 
     def seconds(self, load: Load) -> float:
         """Of a step."""
@@ -148,10 +143,11 @@ class CostModel:
 
     def num_blocks(self, block_size: int, memory_utilization: float = 0.9) -> int:
         """Blocks that fit beside the weights. Raises `ValueError` if none does."""
-        num_bytes = self.device.memory_gib * 2**30 * self.num_gpus * memory_utilization - self.model.num_params * self.model.element_bytes
-        if num_bytes < block_size * self.model.kv_bytes_per_token:
-            raise ValueError(f"{self.model.name} leaves no room for a cache on {self.num_gpus} x {self.device.name}: use more GPUs, or a larger one")
-        return int(num_bytes // (block_size * self.model.kv_bytes_per_token))
+        num_bytes = self.device.memory_gib * 2**30 * self.num_gpus * memory_utilization - self.model.weight_bytes
+        num_blocks = int(num_bytes // (block_size * self.model.kv_bytes_per_token))
+        if num_blocks < 1:
+            raise ValueError(f"{self.model.name} leaves no room for a cache on {self.num_gpus} x {self.device.name}: use more or larger GPUs")
+        return num_blocks
 
 # %% ../../nbs/08_cost_model.ipynb #723014ae
 def get_cost_model(

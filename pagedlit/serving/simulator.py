@@ -91,7 +91,7 @@ class Average:
         """Zero throughout, if no time has passed."""
         return Usage(*(total / self.seconds if self.seconds else 0.0 for total in self.sums))
 
-
+# %% ../../nbs/08_simulator.ipynb #bfacedaf
 class Timeline:
     """Averages over stretches of equally many steps; at most `2 * num_points` of them, however long the run."""
 
@@ -111,7 +111,7 @@ class Timeline:
         self.points[-1].add(seconds, usage)
         self._num_steps += 1
 
-# %% ../../nbs/08_simulator.ipynb #cac1677a
+# %% ../../nbs/08_simulator.ipynb #2576f539
 NOBODY = Usage(*[0.0] * len(Usage._fields))
 
 
@@ -119,7 +119,7 @@ def no_times() -> array[float]:
     """A column of seconds."""
     return array("d")
 
-
+# %% ../../nbs/08_simulator.ipynb #9cf13546
 @dataclass
 class Report:
     """What happened."""
@@ -153,7 +153,7 @@ class Report:
         """The report as a Markdown table."""
         return compare({"": self})
 
-# %% ../../nbs/08_simulator.ipynb #2c2430c5
+# %% ../../nbs/08_simulator.ipynb #7a119813
 def percentile(values: Iterable[float], share: float) -> float:
     """The smallest value that so large a share of all does not exceed (nearest rank); 0.0 if there is none."""
     ordered = sorted(values)
@@ -163,14 +163,15 @@ def percentile(values: Iterable[float], share: float) -> float:
 def latencies(values: Iterable[float], scale: float = 1.0) -> str:
     """Median, 90th and 99th percentile."""
     ordered = sorted(values)
-    return " / ".join(f"{scale * percentile(ordered, share):.3g}" for share in (0.5, 0.9, 0.99))
+    found = [scale * percentile(ordered, share) for share in (0.5, 0.9, 0.99)]
+    return " / ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in found)
 
 
 def percent(part: float, whole: float) -> str:
     """A share, with one decimal."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
-
+# %% ../../nbs/08_simulator.ipynb #27990bb0
 def describe(report: Report) -> dict[str, str]:
     """A report in words and rounded numbers."""
     mean, crowded, seconds = report.mean, report.crowded, report.seconds or inf
@@ -198,7 +199,7 @@ def compare(reports: dict[str, Report]) -> str:
     lines = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in (columns[0] if columns else {})]
     return "\n".join([f"| | {' | '.join(reports)} |", f"|---|{'--:|' * len(columns)}", *lines])
 
-# %% ../../nbs/08_simulator.ipynb #79d1ca74
+# %% ../../nbs/08_simulator.ipynb #f4c8ae33
 ANSWERS = 1 << 30  # tokens from here on are for answers; prompts use those below
 
 
@@ -232,7 +233,7 @@ def sequence_of(request: Request, seq_id: int) -> Sequence:
     seq.forks = [clone(seq, each, params, ANSWERS + each) for each in range(seq_id + 1, seq_id + request.n)]
     return seq
 
-# %% ../../nbs/08_simulator.ipynb #b82be748
+# %% ../../nbs/08_simulator.ipynb #ee8d700a
 @dataclass(slots=True)
 class Ticket:
     """An answer that is on its way."""
@@ -269,7 +270,7 @@ class Ledger:
         if seq.status is SequenceStatus.FINISHED:
             file_away(self.report, seq, self.tickets.pop(seq.seq_id), now)
 
-# %% ../../nbs/08_simulator.ipynb #1939b093
+# %% ../../nbs/08_simulator.ipynb #55423b92
 def file_away(report: Report, seq: Sequence, ticket: Ticket, now: float) -> None:
     """Add an answer that is done to the report."""
     assert ticket.first_token_time is not None and seq.admitted_time is not None, "an answer has a first token, and had a seat before"
@@ -297,7 +298,7 @@ def close(ledger: Ledger, num_steps: int, now: float) -> Report:
     report.crowded, report.crowded_seconds = ledger.crowded.mean(), ledger.crowded.seconds
     return report
 
-# %% ../../nbs/08_simulator.ipynb #7478b544
+# %% ../../nbs/08_simulator.ipynb #3dc7fb17
 class Paged:
     """Where the slots are, and who can get in, if the pool itself is all there is."""
 
@@ -319,7 +320,7 @@ class Paged:
     def leave(self, seq: Sequence) -> None:
         """A sequence has ended."""
 
-# %% ../../nbs/08_simulator.ipynb #85b65898
+# %% ../../nbs/08_simulator.ipynb #56be33e9
 def num_dull_steps(scheduler: Scheduler, seq: Sequence) -> int:
     """How many steps from now on only append a token to a block that this sequence has, and that nobody else reads."""
     cache, num_computed, size = scheduler.cache, seq.num_computed_tokens, scheduler.block_size
@@ -330,7 +331,7 @@ def num_dull_steps(scheduler: Scheduler, seq: Sequence) -> int:
     assert seq.table is not None, "a running sequence has a table"
     return num_steps if is_plain_write(seq.table, num_computed, num_computed + 1) else 0
 
-# %% ../../nbs/08_simulator.ipynb #5d00e10d
+# %% ../../nbs/08_simulator.ipynb #4b0bb4e1
 class Naps:
     """Sequences asleep: held, with the tokens counted that they would have got."""
 
@@ -369,7 +370,7 @@ class Naps:
         self.num_slots += sign * len(seq.table) * self.scheduler.block_size
         self._num_kv_tokens += sign * (seq.num_computed_tokens + 1 - since)
 
-# %% ../../nbs/08_simulator.ipynb #d5da7626
+# %% ../../nbs/08_simulator.ipynb #91df7751
 def num_blocks_wanted(scheduler: Scheduler, seq: Sequence) -> int:
     """The most blocks that a running sequence can take in the next step."""
     assert seq.table is not None, "a running sequence has a table"
@@ -396,7 +397,7 @@ def wake_for_step(naps: Naps) -> None:
         for seq in list(naps.sleepers):
             naps.end(seq)
 
-# %% ../../nbs/08_simulator.ipynb #f004c7eb
+# %% ../../nbs/08_simulator.ipynb #ee74fc3f
 def is_settled(scheduler: Scheduler) -> bool:
     """Whether planning a step would let nobody in, while all who run are asleep."""
     cache, refused = scheduler.cache, scheduler.refused
@@ -405,7 +406,7 @@ def is_settled(scheduler: Scheduler) -> bool:
     is_patient = type(scheduler.policy) in (Priority, FirstComeFirstServed)  # who is next does not depend on the time
     return is_patient and refused is not None and refused[0] is scheduler.waiting[0] and cache.num_free + cache.num_gains <= refused[1]
 
-# %% ../../nbs/08_simulator.ipynb #a0e2a248
+# %% ../../nbs/08_simulator.ipynb #b762c450
 @dataclass
 class Simulation:
     """A run that goes on."""
@@ -438,7 +439,7 @@ class Simulation:
         elif self.is_busy:
             make_step(self)
 
-# %% ../../nbs/08_simulator.ipynb #7613125a
+# %% ../../nbs/08_simulator.ipynb #7f8c5155
 def wait_for_arrival(sim: Simulation) -> None:
     """Nobody is there: let the time pass until somebody comes."""
     seconds = sim.arrivals.time - sim.runner.now
@@ -463,7 +464,7 @@ def pass_time(sim: Simulation, load: Load, num_stored: int, num_table_slots: int
     sim.ledger.spend(sim.runner.spend(load), usage)
     sim.ledger.report.num_computed_tokens += load.num_tokens
 
-# %% ../../nbs/08_simulator.ipynb #7d14c3a9
+# %% ../../nbs/08_simulator.ipynb #691128b1
 def sleep_on(sim: Simulation) -> None:
     """Everybody is asleep: let step after step pass, until somebody has to wake up or comes."""
     naps, scheduler, next_arrival = sim.naps, sim.scheduler, sim.arrivals.time
@@ -497,7 +498,7 @@ def take_note(sim: Simulation, seq: Sequence) -> None:
     elif sim.jump and seq.status is SequenceStatus.RUNNING and (num_steps := num_dull_steps(sim.scheduler, seq)):
         sim.naps.begin(seq, num_steps)
 
-# %% ../../nbs/08_simulator.ipynb #51e746ac
+# %% ../../nbs/08_simulator.ipynb #58367ea7
 def simulate(
     trace: Iterable[Request],  # in the order of arrival
     cost_model: CostModel | None = None,  # by default OPT-13B on an A100 with 40 GB
@@ -520,7 +521,7 @@ def simulate(
     scheduler = make_scheduler(cache, runner, get_policy(policy) if isinstance(policy, str) else policy, limits)
     return run(Simulation(Arrivals(trace), scheduler, runner, Paged(scheduler), jump), progress)
 
-# %% ../../nbs/08_simulator.ipynb #c1c8f59a
+# %% ../../nbs/08_simulator.ipynb #fc2e0826
 def make_scheduler(cache: PrefixCache, runner: CostModelRunner, policy: SchedulingPolicy, limits: dict[str, Any]) -> Scheduler:
     """A scheduler that counts, with the runner's clock. Raises `ValueError` if the budget is smaller than the number of seats."""
     scheduler = Scheduler(cache, policy=policy, clock=runner.clock, **limits)
