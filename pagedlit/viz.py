@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import east_asian_width
 
@@ -29,22 +30,24 @@ if TYPE_CHECKING:
     from pagedlit.memory.block_table import BlockTable
     from pagedlit.memory.prefix_cache import CacheNode, PrefixCache
     from pagedlit.serving.engine import Engine
+    from pagedlit.serving.simulator import Report
 
 # %% auto #0
 __all__ = ['NOT_XML', 'WIDTH', 'MARGIN', 'FONT', 'PAPER', 'INK', 'MUTED', 'FAINT', 'LINE', 'EMPTY', 'OTHERS', 'ALARM', 'HIT',
            'PALETTE', 'GUTTER', 'GAP', 'TREE_ROW', 'NODE_HEIGHT', 'PREFILL', 'DECODE', 'SHOW_FRAME', 'PLAY', 'BUTTON',
-           'ANSI', 'SIGNS', 'plain', 'Element', 'el', 'box', 'path', 'hatch', 'words', 'color_of', 'blend', 'tint',
-           'shade', 'text_width', 'char_width', 'fit', 'Svg', 'Key', 'color_key', 'draw_legend', 'Drawing', 'panel',
-           'document', 'Holder', 'Share', 'BlockView', 'look_at', 'holders_of', 'engine_holders', 'draw_lanes',
-           'draw_idle', 'cached_mark', 'cell_words', 'draw_cell', 'describe', 'Grid', 'grid_for', 'pool_keys',
-           'count_states', 'draw_pool', 'draw_engine', 'picture_of_pool', 'Spot', 'Content', 'legible', 'side_by_side',
-           'abridged', 'draw_slots', 'draw_entry', 'draw_physical', 'draw_block_table', 'picture_of_table', 'Placed',
-           'TreeLayout', 'place_tree', 'tokens_of', 'root_name', 'draw_edge', 'draw_node', 'draw_root', 'draw_tree',
-           'tree_notes', 'join_numbers', 'tree_layout', 'Moment', 'dated', 'moments_of', 'Steps', 'steps_grid',
-           'draw_axis', 'draw_moment', 'draw_mark', 'describe_moment', 'draw_rail', 'draw_totals', 'draw_timeline',
-           'timeline_keys', 'Stepper', 'Span', 'largest_hole', 'draw_strip', 'draw_memory', 'Axis', 'tick_step',
-           'draw_axes', 'draw_curve', 'stroke_of', 'draw_chart', 'painted', 'letter_of', 'block_char', 'text_of_pool',
-           'text_legend', 'pool_text', 'engine_text']
+           'Curves', 'SLOTS', 'ANSI', 'SIGNS', 'plain', 'Element', 'el', 'box', 'path', 'hatch', 'words', 'color_of',
+           'blend', 'tint', 'shade', 'text_width', 'char_width', 'fit', 'Svg', 'Key', 'color_key', 'draw_legend',
+           'Drawing', 'panel', 'document', 'Holder', 'Share', 'BlockView', 'look_at', 'holders_of', 'engine_holders',
+           'draw_lanes', 'draw_idle', 'cached_mark', 'cell_words', 'draw_cell', 'describe', 'Grid', 'grid_for',
+           'pool_keys', 'count_states', 'draw_pool', 'draw_engine', 'picture_of_pool', 'Spot', 'Content', 'legible',
+           'side_by_side', 'abridged', 'draw_slots', 'draw_entry', 'draw_physical', 'draw_block_table',
+           'picture_of_table', 'Placed', 'TreeLayout', 'place_tree', 'tokens_of', 'root_name', 'draw_edge', 'draw_node',
+           'draw_root', 'draw_tree', 'tree_notes', 'join_numbers', 'tree_layout', 'Moment', 'dated', 'moments_of',
+           'Steps', 'steps_grid', 'draw_axis', 'draw_moment', 'draw_mark', 'describe_moment', 'draw_rail',
+           'draw_totals', 'draw_timeline', 'timeline_keys', 'Stepper', 'Span', 'largest_hole', 'draw_strip',
+           'draw_memory', 'Axis', 'tick_step', 'value_axis', 'draw_axes', 'draw_curve', 'stroke_of', 'draw_chart',
+           'stack_up', 'draw_layers', 'draw_areas', 'draw_bar', 'draw_diamond', 'draw_bars', 'draw_report', 'painted',
+           'letter_of', 'block_char', 'text_of_pool', 'text_legend', 'pool_text', 'engine_text']
 
 # %% ../nbs/viz.ipynb #fd8126ab
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 forbids (section 2.2)
@@ -1010,6 +1013,14 @@ def tick_step(span: float) -> float:
     unit = 10.0 ** math.floor(math.log10((span or 1) / 5))
     return next(unit * k for k in (1, 2, 5, 10) if unit * k * 5 >= span * 0.999)
 
+
+def value_axis(values: Iterable[float], start: float, stop: float) -> Axis:
+    """From zero, or from the smallest if that is negative, to the next tick after the largest."""
+    found = [0.0, *values]
+    low, high = min(found), max(found)
+    step = tick_step(high - low)
+    return Axis(step * math.floor(low / step), step * max(1, math.ceil(high / step - 1e-9)), start, stop)
+
 # %% ../nbs/viz.ipynb #471bbf23
 def draw_axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[Element]:
     """Grid lines, numbers and names."""
@@ -1033,8 +1044,11 @@ def stroke_of(index: int) -> dict[str, object]:
     return {"stroke": shade(color_of(index)), "stroke_width": 2, "stroke_dasharray": (None, "7 3", "2 3")[index % 3]}
 
 
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # points (x, y) for each label, in the order in which to join them
+
+
 def draw_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]],  # points (x, y) for each label, in the order in which to join them
+    series: Curves,
     x_label: str = "",
     y_label: str = "",
     log_x: bool = False,  # powers of two on the horizontal axis
@@ -1042,8 +1056,7 @@ def draw_chart(
 ) -> Svg:
     """Curves."""
     xs, ys = zip(*([point for points in series.values() for point in points] or [(1, 0)]), strict=True)
-    step = tick_step(max(0, *ys) - min(0, *ys))
-    y = Axis(step * math.floor(min(0, *ys) / step), step * max(1, math.ceil(max(ys) / step - 1e-9)), 250, 24)
+    y = value_axis(ys, 250, 24)
     gutter = 14 + max(text_width(f"{value:g}", 10) for value in y.ticks())
     x = Axis(min(xs), max(xs), gutter, WIDTH - 2 * MARGIN - 10, log_x)
     body = draw_axes(x, y, x_label, y_label)
@@ -1052,7 +1065,107 @@ def draw_chart(
     keys = [Key((path("M", 0, 6, "h", 16, fill="none", **stroke_of(index)),), label) for index, label in enumerate(series)]
     return panel(Drawing(WIDTH - 2 * MARGIN, 290 if x_label else 268, body, "A line chart", "", keys), title)
 
-# %% ../nbs/viz.ipynb #468ffca8
+# %% ../nbs/viz.ipynb #7fcff5a6
+def stack_up(series: Curves) -> Curves:
+    """Each curve on top of those before it. All have the same x."""
+    tops: dict[str, list[tuple[float, float]]] = {}
+    heights = [0.0] * len(next(iter(series.values()), ()))
+    for label, points in series.items():
+        heights = [height + y for height, (_, y) in zip(heights, points, strict=True)]
+        tops[label] = [(x, height) for (x, _), height in zip(points, heights)]
+    return tops
+
+
+def draw_layers(series: Curves, colors: Sequence[str], x: Axis, y: Axis) -> list[Element]:
+    """Areas, the first at the bottom: drawn from the top down, each over the one above it."""
+    parts = []
+    for (label, points), color in reversed(list(zip(stack_up(series).items(), colors))):
+        outline = [part for px, py in points for part in ("L", x.at(px), y.at(py))]
+        ends = (x.at(points[-1][0]), x.at(points[0][0])) if points else (0.0, 0.0)
+        parts.append(el("g", el("title", label), path("M", ends[1], y.start, *outline, "L", ends[0], y.start, "Z", fill=color)))
+    return parts
+
+# %% ../nbs/viz.ipynb #7e153b9a
+def draw_areas(
+    series: Curves,  # all with the same x
+    x_label: str = "",
+    y_label: str = "",
+    log_x: bool = False,  # powers of two on the horizontal axis
+    title: str = "",
+    colors: Sequence[str] = PALETTE,  # one for each label
+) -> Svg:
+    """Areas on top of each other."""
+    xs = [x for points in series.values() for x, _ in points] or [1.0]
+    y = value_axis((top for points in stack_up(series).values() for _, top in points), 250, 24)
+    x = Axis(min(xs), max(xs), 60, WIDTH - 2 * MARGIN - 10, log_x)
+    body = [*draw_layers(series, colors, x, y), *draw_axes(x, y, x_label, y_label)]
+    keys = [color_key(color, label) for label, color in zip(series, colors)]
+    return panel(Drawing(WIDTH - 2 * MARGIN, 290 if x_label else 268, body, "An area chart", "", keys), title)
+
+# %% ../nbs/viz.ipynb #874d91c2
+def draw_bar(parts: Mapping[str, float], fills: Mapping[str, str], x: Axis, y: float) -> list[Element]:
+    """A bar of 18 pixels, made of its parts, with their sum behind it."""
+    body, total = [], 0.0
+    for part, value in parts.items():
+        left, right = x.at(total), x.at(total + value)
+        body.append(el("g", el("title", f"{part}: {value:.4g}"), box(left, y, max(0.0, right - left), 18, fills[part])))
+        total += value
+    return [*body, words(x.at(total) + 10, y + 9, f"{total:.3g}", 10, MUTED)] if len(parts) == 1 else body
+
+
+def draw_diamond(x: float, y: float, tip: str) -> Element:
+    """A mark on a bar: what somebody else has found."""
+    return el("g", el("title", tip), path("M", x, y - 7, "l", 5, 7, "l", -5, 7, "l", -5, -7, "Z", fill=INK, stroke=PAPER))
+
+
+def draw_bars(
+    rows: Mapping[str, Mapping[str, float]],  # a bar for each label: its parts, which add up; or one part, which is a value
+    marks: Mapping[str, float] = MappingProxyType({}),  # a diamond on the bars with these labels
+    x_label: str = "",
+    mark_label: str = "reported",
+    title: str = "",
+) -> Svg:
+    """Bars, and diamonds for the same quantities from elsewhere."""
+    fills = {part: color_of(index) for index, part in enumerate(dict.fromkeys(part for parts in rows.values() for part in parts))}
+    gutter = max((text_width(fit(name, 200, 11), 11) for name in rows), default=0) + 14
+    ends = (gutter, WIDTH - 2 * MARGIN - 30)
+    x, bottom = value_axis([*(sum(parts.values()) for parts in rows.values()), *marks.values()], *ends), 26.0 * len(rows)
+    body = [path("M", x.at(value), 0, "V", bottom, stroke=EMPTY if value else FAINT) for value in x.ticks()]
+    body += [words(x.at(value), bottom + 12, f"{value:g}", 10, MUTED, "middle") for value in x.ticks()]
+    for index, (name, parts) in enumerate(rows.items()):
+        body += [words(0, 26 * index + 13, fit(name, 200, 11), 11), *draw_bar(parts, fills, x, 26 * index + 4)]
+        body += [draw_diamond(x.at(marks[name]), 26 * index + 13, f"{mark_label}: {marks[name]:g}")] if name in marks else []
+    body.append(words(sum(ends) / 2, bottom + 30, fit(x_label, ends[1] - gutter, 11), 11, MUTED, "middle"))
+    keys = [color_key(color, part) for part, color in fills.items()] if len(fills) > 1 else []
+    keys += [Key((draw_diamond(8, 6, ""),), mark_label)] if marks else []
+    return panel(Drawing(WIDTH - 2 * MARGIN, bottom + (40 if x_label else 20), body, "A bar chart", "", keys), title)
+
+# %% ../nbs/viz.ipynb #2c6ef35f
+SLOTS = {  # the kinds of slots of a `Usage`, from the bottom up
+    "used": color_of(0), "reserved": tint(color_of(0)), "internal": ALARM, "rounded": color_of(1), "cached": OTHERS, "free": EMPTY,
+}
+
+
+def draw_report(
+    report: Report,  # of `simulate`
+    title: str = "",
+) -> Svg:
+    """The memory and the crowd of a simulated run, over time."""
+    minutes, usages = [until / 60 for until, _ in report.timeline], [usage for _, usage in report.timeline]
+    kinds = {kind: [(x, 100 * getattr(usage, kind) / report.num_slots) for x, usage in zip(minutes, usages)] for kind in SLOTS}
+    kinds = {kind: points for kind, points in kinds.items() if any(y for _, y in points)}
+    x = Axis(min(minutes, default=0), max(minutes, default=1), 60, WIDTH - 2 * MARGIN - 10)
+    memory = Axis(0, 100, 200, 24)
+    body = [*draw_layers(kinds, [SLOTS[kind] for kind in kinds], x, memory), *draw_axes(x, memory, "", "percent of the slots")]
+    crowd: Curves = {name: [(x, getattr(usage, name)) for x, usage in zip(minutes, usages)] for name in ("running", "waiting")}
+    y = value_axis((value for points in crowd.values() for _, value in points), 120, 24)
+    curves = [part for index, points in enumerate(crowd.values()) for part in draw_curve(points, x, y, index)]
+    body.append(el("g", *draw_axes(x, y, "minutes", "sequences"), *curves, transform="translate(0 236)"))
+    keys = [color_key(SLOTS[kind], kind, stroke=LINE) for kind in kinds]
+    keys += [Key((path("M", 0, 6, "h", 16, fill="none", **stroke_of(index)),), name) for index, name in enumerate(crowd)]
+    return panel(Drawing(WIDTH - 2 * MARGIN, 396, body, "The memory and the crowd over time", "", keys), title)
+
+# %% ../nbs/viz.ipynb #dfb94a9a
 ANSI = (110, 209, 222, 72, 217, 148, 117, 142, 140, 179, 168, 115)  # the palette among a terminal's 256 colours
 
 
@@ -1078,7 +1191,7 @@ def block_char(view: BlockView) -> tuple[str, int | None, str]:
         return str(view.num_holders) if view.num_holders < 10 else "+", share.color, "1"
     return letter_of(share.color) if share.fill == 1 else letter_of(share.color).lower(), share.color, "0"
 
-# %% ../nbs/viz.ipynb #07004afb
+# %% ../nbs/viz.ipynb #d1349bb8
 def text_of_pool(pool: BlockPool, holders: Sequence[Holder], columns: int, color: bool) -> str:
     """The map of the pool, and a legend of what is on it."""
     views, columns = look_at(pool, holders), max(16, columns)
@@ -1110,7 +1223,7 @@ def text_legend(keys: Iterable[tuple[str, int | None, str, str]], columns: int, 
         room -= need + len(space)
     return lines
 
-# %% ../nbs/viz.ipynb #b1c0d369
+# %% ../nbs/viz.ipynb #e2bbcfc9
 def pool_text(
     pool: BlockPool,
     tables: Mapping[str, BlockTable | Sequence[int]],  # who holds what

@@ -288,6 +288,17 @@ def test_progress_is_told():
     assert told == sorted(told) and told[-1] == (350, report.seconds) and len(told) >= 4
 
 
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_a_progress_bar(with_tqdm, capsys, monkeypatch):
+    if not with_tqdm:
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    load = list(synthetic(150, 5.0, "alpaca"))
+    assert simulate(load, progress=True) == simulate(load)
+    printed = capsys.readouterr()
+    assert printed.out == "" and ("150/150" if with_tqdm else "150 requests done") in printed.err
+
+
 def test_memory_does_not_grow_with_the_trace():
     """A trace is read one request ahead."""
     num_read = 0
@@ -405,6 +416,7 @@ def test_traces_are_read(tmp_path):
     assert (first.arrival_time, first.num_prompt_tokens, second.num_output_tokens) == (0.0, 374, 1)
     assert second.arrival_time == pytest.approx(4.314579)
     assert list(load_trace(mooncake)) == [Request(1.5, (Span(4, 512), Span(9, 88)), 5)]
+    assert simulate(azure) == simulate(str(azure)) == simulate([first, second])
     mooncake.write_text('{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [4]}\n')
     with pytest.raises(ValueError):
         list(load_trace(mooncake))

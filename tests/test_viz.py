@@ -17,17 +17,22 @@ from pagedlit.memory.copy_on_write import fork
 from pagedlit.memory.prefix_cache import PrefixCache
 from pagedlit.serving.engine import Engine, ToyRunner, build_engine, toy_text
 from pagedlit.serving.sequence import SamplingParams
+from pagedlit.serving.simulator import simulate
+from pagedlit.serving.workload import synthetic
 from pagedlit.viz import (
     PALETTE,
     Moment,
     Span,
     Stepper,
     Svg,
+    draw_areas,
+    draw_bars,
     draw_block_table,
     draw_chart,
     draw_engine,
     draw_memory,
     draw_pool,
+    draw_report,
     draw_timeline,
     draw_tree,
     engine_holders,
@@ -37,6 +42,7 @@ from pagedlit.viz import (
     look_at,
     moments_of,
     pool_text,
+    stack_up,
     text_width,
 )
 
@@ -227,12 +233,14 @@ def test_hostile_labels_are_text(label):
         draw_block_table(table, tokens, title=label),
         draw_memory({label: [span]}, 20, title=label),
         draw_chart({label: [(1, 2), (3, 4)]}, label, label, title=label),
+        draw_areas({label: [(1, 2), (3, 4)]}, label, label, title=label),
+        draw_bars({label: {label: 3, "x": 2}}, {label: 4}, label, label, title=label),
     ]
     for picture in pictures:
         check(picture)
         tags = {node.tag.removeprefix(SVG) for node in ElementTree.fromstring(str(picture)).iter()}
         assert tags <= {"svg", "title", "desc", "g", "rect", "path", "circle", "text"}
-    ElementTree.fromstring(Stepper(pictures, [label] * 4)._repr_html_())
+    ElementTree.fromstring(Stepper(pictures, [label] * 6)._repr_html_())
     text = pool_text(pool, {label: table}, columns=30, color=False)
     assert all(len(line) <= 30 for line in text.split("\n")) and not re.search(r"[\x00-\x09\x0b-\x1f]", text)
 
@@ -267,6 +275,8 @@ def test_a_very_deep_tree_is_drawn_without_recursion():
 def test_empty_states():
     engine = build_engine(ToyRunner(4, 4), 4, 4)
     for picture in [*pictures_of(engine, []), draw_chart({}), draw_memory({}, 8), draw_chart({"flat": [(1, 0), (2, 0)]}, log_x=True)]:
+        check(picture)
+    for picture in [draw_areas({}), draw_areas({"a": []}), draw_bars({}), draw_bars({"a": {}}, {"b": 1}), draw_report(simulate([]))]:
         check(picture)
     assert engine_text(engine, color=False) == "····\n· free"
 
@@ -311,6 +321,33 @@ def test_memory_and_its_largest_hole():
 @pytest.mark.parametrize("log_x", [False, True])
 def test_charts(points, log_x):
     check(draw_chart({"one": points, "two": points[::2]}, "x", "y", log_x=log_x, title="A chart"))
+
+
+def test_areas_stand_on_each_other():
+    series = {"a": [(1, 2), (2, 3)], "b": [(1, 10), (2, 0)]}
+    assert stack_up(series) == {"a": [(1, 2), (2, 3)], "b": [(1, 12), (2, 3)]}
+    check(draw_areas(series, "x", "y", log_x=True, title="Areas"))
+    with pytest.raises(ValueError):
+        draw_areas({"a": [(1, 2)], "b": [(1, 2), (2, 3)]})
+
+
+def test_bars_are_as_long_as_they_say():
+    picture = draw_bars({"one": {"p": 10, "q": 30}, "two": {"p": 20}}, {"two": 40, "nobody": 35}, "x", "elsewhere", "Bars")
+    check(picture)
+    root = ElementTree.fromstring(str(picture))
+    bars = {node.find(SVG + "title").text: node.find(SVG + "rect") for node in root.iter(SVG + "g") if node.find(SVG + "rect") is not None
+            and node.find(SVG + "title") is not None}  # fmt: skip
+    widths = {name: float(rect.get("width")) for name, rect in bars.items()}
+    assert widths["q: 30"] == pytest.approx(3 * widths["p: 10"], abs=0.1) and widths["p: 20"] == pytest.approx(2 * widths["p: 10"], abs=0.1)
+    assert [node.find(SVG + "title").text for node in root.iter(SVG + "g") if "elsewhere" in (node.findtext(SVG + "title") or "")] == ["elsewhere: 40"]
+
+
+def test_a_report_is_drawn():
+    report = simulate(synthetic(40, 3.0, "alpaca"), num_blocks=300)
+    picture = draw_report(report, "A run")
+    check(picture)
+    names = {node.text for node in ElementTree.fromstring(str(picture)).iter(SVG + "text")}
+    assert {"used", "internal", "cached", "free", "running", "waiting", "minutes"} <= names and "reserved" not in names
 
 
 @pytest.mark.parametrize("columns", [16, 33, 64])

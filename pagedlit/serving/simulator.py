@@ -12,11 +12,15 @@ to a block they have, and every field of the report is as without; when the trac
 """
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import ceil, inf
+from os import PathLike
 from typing import Any, NamedTuple
 
 from ..memory.allocator import BlockAllocator
@@ -30,14 +34,14 @@ from .engine import clone
 from .policy import FirstComeFirstServed, get_policy
 from .scheduler import Priority, RunnerOutput, Scheduler, SchedulingPolicy, chunk_limit
 from .sequence import RequestTooLong, SamplingParams, Sequence, SequenceStatus
-from .workload import Request, prompt_token_ids
+from .workload import Request, load_trace, prompt_token_ids
 
 # %% auto #0
 __all__ = ['NOBODY', 'ANSWERS', 'Usage', 'Average', 'Timeline', 'no_times', 'Report', 'percentile', 'latencies', 'percent',
            'describe', 'compare', 'Arrivals', 'sequence_of', 'Ticket', 'Ledger', 'file_away', 'close', 'Paged',
            'num_dull_steps', 'Naps', 'num_blocks_wanted', 'wake', 'wake_for_step', 'is_settled', 'Simulation',
-           'wait_for_arrival', 'welcome', 'pass_time', 'sleep_on', 'make_step', 'take_note', 'simulate',
-           'make_scheduler', 'run']
+           'wait_for_arrival', 'welcome', 'pass_time', 'sleep_on', 'make_step', 'take_note', 'make_scheduler', 'run',
+           'Setting', 'paged', 'print_progress', 'progress_of', 'simulate']
 
 # %% ../../nbs/08_simulator.ipynb #b9722a4e
 class Usage(NamedTuple):
@@ -298,12 +302,20 @@ def close(ledger: Ledger, num_steps: int, now: float) -> Report:
     report.crowded, report.crowded_seconds = ledger.crowded.mean(), ledger.crowded.seconds
     return report
 
-# %% ../../nbs/08_simulator.ipynb #3dc7fb17
+# %% ../../nbs/08_simulator.ipynb #22559077
 class Paged:
-    """Where the slots are, and who can get in, if the pool itself is all there is."""
+    """The memory of the engine: a pool of blocks, a table for each sequence, and a prefix cache."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+        self.scheduler, cache = scheduler, scheduler.cache
+        self.num_slots, self.block_size = cache.num_blocks * cache.block_size, cache.block_size
+
+    def enter(self, seq: Sequence) -> None:
+        """Put a sequence in line. Raises `RequestTooLong` if it could never be served."""
+        self.scheduler.add(seq)
+
+    def make_room(self, naps: Naps) -> None:
+        """Before a step is planned: nothing to do, since the scheduler itself asks the pool."""
 
     def usage(self, num_stored: int, num_table_slots: int) -> Usage:
         """During a step: running sequences have so many tokens, in tables with so many slots."""
@@ -313,12 +325,16 @@ class Paged:
         used, cached, free = num_held * size - internal, len(cache.policy) * size, cache.allocator.num_free * size
         return Usage(used, 0, internal, 0, cached, free, len(scheduler.running), len(scheduler.waiting))
 
+    def num_dull_steps(self, seq: Sequence) -> int:
+        """How many steps from now on change nothing but the number of tokens that a sequence has."""
+        return num_dull_steps(self.scheduler, seq)
+
     def is_settled(self) -> bool:
         """Whether nobody who waits can get in before somebody leaves, or a block is published."""
         return is_settled(self.scheduler)
 
     def leave(self, seq: Sequence) -> None:
-        """A sequence has ended."""
+        """A sequence has ended: its blocks are back already."""
 
 # %% ../../nbs/08_simulator.ipynb #56be33e9
 def num_dull_steps(scheduler: Scheduler, seq: Sequence) -> int:
@@ -420,8 +436,7 @@ class Simulation:
     naps: Naps = field(init=False)
 
     def __post_init__(self) -> None:
-        cache = self.scheduler.cache
-        self.ledger, self.naps = Ledger(cache.num_blocks * cache.block_size, cache.block_size), Naps(self.scheduler)
+        self.ledger, self.naps = Ledger(self.memory.num_slots, self.memory.block_size), Naps(self.scheduler)
 
     @property
     def is_busy(self) -> bool:
@@ -452,7 +467,7 @@ def welcome(sim: Simulation) -> None:
     """Put those in line who have come."""
     for request, seq in sim.arrivals.due(sim.runner.now):
         try:
-            sim.scheduler.add(seq)
+            sim.memory.enter(seq)
             sim.ledger.admit(request, seq)
         except RequestTooLong:
             sim.ledger.report.num_rejected += 1
@@ -477,6 +492,7 @@ def sleep_on(sim: Simulation) -> None:
 def make_step(sim: Simulation) -> None:
     """Plan a step, let its time pass, and take its tokens in."""
     scheduler, naps = sim.scheduler, sim.naps
+    sim.memory.make_room(naps)
     wake_for_step(naps)
     asleep = naps.load()
     batch = scheduler.schedule()
@@ -495,33 +511,10 @@ def take_note(sim: Simulation, seq: Sequence) -> None:
     sim.ledger.note(seq, sim.runner.now)
     if seq.status is SequenceStatus.FINISHED:
         sim.memory.leave(seq)
-    elif sim.jump and seq.status is SequenceStatus.RUNNING and (num_steps := num_dull_steps(sim.scheduler, seq)):
+    elif sim.jump and seq.status is SequenceStatus.RUNNING and (num_steps := sim.memory.num_dull_steps(seq)):
         sim.naps.begin(seq, num_steps)
 
-# %% ../../nbs/08_simulator.ipynb #58367ea7
-def simulate(
-    trace: Iterable[Request],  # in the order of arrival
-    cost_model: CostModel | None = None,  # by default OPT-13B on an A100 with 40 GB
-    *,
-    num_blocks: int | None = None,  # in the pool; by default as many as fit beside the weights
-    block_size: int = 16,  # tokens a block
-    policy: str | SchedulingPolicy = "priority",  # who goes first: fcfs, priority or lpm, or one of your own
-    eviction_policy: str | EvictionPolicy = "lru",  # which idle block goes first; a new one
-    enable_prefix_caching: bool = True,
-    jump: bool = True,  # let sequences sleep while nothing happens to them; the report is the same
-    progress: Callable[[int, float], object] | None = None,  # called now and then: requests served or refused, seconds simulated
-    **limits: Any,  # for the `Scheduler`: max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk
-) -> Report:
-    """Serve a trace. Raises `ValueError` for a trace that is out of order, or limits that make no sense."""
-    cost_model = cost_model or get_cost_model("A100-40G", "OPT-13B")
-    eviction = get_eviction_policy(eviction_policy) if isinstance(eviction_policy, str) else eviction_policy
-    num_blocks = cost_model.num_blocks(block_size) if num_blocks is None else num_blocks
-    cache = PrefixCache(BlockAllocator(num_blocks), block_size, eviction, enable_prefix_caching)
-    runner = CostModelRunner(cost_model)
-    scheduler = make_scheduler(cache, runner, get_policy(policy) if isinstance(policy, str) else policy, limits)
-    return run(Simulation(Arrivals(trace), scheduler, runner, Paged(scheduler), jump), progress)
-
-# %% ../../nbs/08_simulator.ipynb #fc2e0826
+# %% ../../nbs/08_simulator.ipynb #15ecb25c
 def make_scheduler(cache: PrefixCache, runner: CostModelRunner, policy: SchedulingPolicy, limits: dict[str, Any]) -> Scheduler:
     """A scheduler that counts, with the runner's clock. Raises `ValueError` if the budget is smaller than the number of seats."""
     scheduler = Scheduler(cache, policy=policy, clock=runner.clock, **limits)
@@ -546,3 +539,78 @@ def run(sim: Simulation, progress: Callable[[int, float], object] | None = None)
     if progress is not None:
         progress(report.num_requests + report.num_rejected, sim.runner.now)
     return close(sim.ledger, sim.scheduler.num_steps, sim.runner.now)
+
+# %% ../../nbs/08_simulator.ipynb #f93e1a2d
+@dataclass(frozen=True)
+class Setting:
+    """What a simulation is made of, beside the trace and the memory."""
+
+    cost_model: CostModel
+    num_blocks: int  # as many slots as a memory has, in blocks
+    block_size: int
+    policy: SchedulingPolicy
+    eviction_policy: EvictionPolicy
+    enable_prefix_caching: bool
+    jump: bool
+    limits: dict[str, Any]  # for the `Scheduler`
+
+
+def paged(trace: Iterable[Request], setting: Setting) -> Simulation:
+    """The engine's own memory."""
+    cache = PrefixCache(
+        BlockAllocator(setting.num_blocks), setting.block_size, setting.eviction_policy, setting.enable_prefix_caching
+    )
+    runner = CostModelRunner(setting.cost_model)
+    scheduler = make_scheduler(cache, runner, setting.policy, setting.limits)
+    return Simulation(Arrivals(trace), scheduler, runner, Paged(scheduler), setting.jump)
+
+# %% ../../nbs/08_simulator.ipynb #6593997f
+def print_progress(num_done: int, seconds: float) -> None:
+    """A line on stderr."""
+    print(f"{num_done:,} requests done, {seconds:,.0f} s of traffic", file=sys.stderr)
+
+
+@contextmanager
+def progress_of(
+    progress: bool | Callable[[int, float], object],  # True: a bar; False: silence
+    num_requests: int | None,  # in all, if that is known
+) -> Iterator[Callable[[int, float], object] | None]:
+    """The function to tell of progress."""
+    if not isinstance(progress, bool) or not progress or find_spec("tqdm") is None:
+        yield (print_progress if progress else None) if isinstance(progress, bool) else progress
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=num_requests, unit=" requests") as bar:
+        def tell(num_done: int, seconds: float) -> None:
+            bar.set_postfix_str(f"{seconds:,.0f} s of traffic", refresh=False)
+            bar.update(num_done - bar.n)
+        yield tell
+
+# %% ../../nbs/08_simulator.ipynb #a1fbff36
+def simulate(
+    trace: Iterable[Request] | str | PathLike[str],  # in the order of arrival, or the path of an Azure or Mooncake trace
+    cost_model: CostModel | None = None,  # by default OPT-13B on an A100 with 40 GB
+    *,
+    num_blocks: int | None = None,  # in the pool; by default as many as fit beside the weights
+    block_size: int = 16,  # tokens a block
+    policy: str | SchedulingPolicy = "priority",  # who goes first: fcfs, priority or lpm, or one of your own
+    eviction_policy: str | EvictionPolicy = "lru",  # which idle block goes first; a new one
+    enable_prefix_caching: bool = True,
+    memory: Callable[[Iterable[Request], Setting], Simulation] = paged,  # or `Reserve("max")` and its like, of the next notebook
+    jump: bool = True,  # let sequences sleep while nothing happens to them; the report is the same
+    progress: bool | Callable[[int, float], object] = False,  # a bar; or a function: requests served or refused, seconds simulated
+    **limits: Any,  # for the `Scheduler`: max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk
+) -> Report:
+    """Serve a trace. Raises `ValueError` for a trace that is out of order, or limits that make no sense."""
+    cost_model = cost_model or get_cost_model("A100-40G", "OPT-13B")
+    setting = Setting(
+        cost_model, cost_model.num_blocks(block_size) if num_blocks is None else num_blocks, block_size,
+        get_policy(policy) if isinstance(policy, str) else policy,
+        get_eviction_policy(eviction_policy) if isinstance(eviction_policy, str) else eviction_policy,
+        enable_prefix_caching, jump, limits,
+    )  # fmt: skip
+    requests = load_trace(trace) if isinstance(trace, (str, PathLike)) else trace
+    sim = memory(requests, setting)
+    with progress_of(progress, len(requests) if isinstance(requests, Sized) else None) as tell:
+        return run(sim, tell)
