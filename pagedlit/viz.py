@@ -1102,7 +1102,12 @@ def draw_areas(
     keys = [color_key(color, label) for label, color in zip(series, colors)]
     return panel(Drawing(WIDTH - 2 * MARGIN, 290 if x_label else 268, body, "An area chart", "", keys), title)
 
-# %% ../nbs/viz.ipynb #874d91c2
+# %% ../nbs/viz.ipynb #122a1b22
+SLOTS = {  # the kinds of slots of a `Usage`, from the bottom up
+    "used": color_of(0), "reserved": tint(color_of(0)), "internal": ALARM, "rounded": color_of(1), "cached": OTHERS, "free": EMPTY,
+}
+
+
 def draw_bar(parts: Mapping[str, float], fills: Mapping[str, str], x: Axis, y: float) -> list[Element]:
     """A bar of 18 pixels, made of its parts, with their sum behind it."""
     body, total = [], 0.0
@@ -1126,7 +1131,8 @@ def draw_bars(
     title: str = "",
 ) -> Svg:
     """Bars, and diamonds for the same quantities from elsewhere."""
-    fills = {part: color_of(index) for index, part in enumerate(dict.fromkeys(part for parts in rows.values() for part in parts))}
+    names = dict.fromkeys(part for parts in rows.values() for part in parts)
+    fills = {part: SLOTS.get(part, color_of(index)) for index, part in enumerate(names)}
     gutter = max((text_width(fit(name, 200, 11), 11) for name in rows), default=0) + 14
     ends = (gutter, WIDTH - 2 * MARGIN - 30)
     x, bottom = value_axis([*(sum(parts.values()) for parts in rows.values()), *marks.values()], *ends), 26.0 * len(rows)
@@ -1140,12 +1146,7 @@ def draw_bars(
     keys += [Key((draw_diamond(8, 6, ""),), mark_label)] if marks else []
     return panel(Drawing(WIDTH - 2 * MARGIN, bottom + (40 if x_label else 20), body, "A bar chart", "", keys), title)
 
-# %% ../nbs/viz.ipynb #2c6ef35f
-SLOTS = {  # the kinds of slots of a `Usage`, from the bottom up
-    "used": color_of(0), "reserved": tint(color_of(0)), "internal": ALARM, "rounded": color_of(1), "cached": OTHERS, "free": EMPTY,
-}
-
-
+# %% ../nbs/viz.ipynb #3ee242a5
 def draw_report(
     report: Report,  # of `simulate`
     title: str = "",
