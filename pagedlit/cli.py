@@ -24,6 +24,7 @@ import pagedlit
 from .bench.cli import bench_app
 from .kernels_cli import kernels_app
 from .serving.sequence import InvalidRequest, SamplingParams
+from .simulate_cli import simulate_command
 from .tiny import SYSTEM_PROMPT, questions
 from .viz import engine_text
 
@@ -36,6 +37,7 @@ __all__ = ['app', 'show_version', 'main_options', 'fail', 'load', 'user_message'
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Paged attention you can read and run.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
+app.command("simulate")(simulate_command)
 
 
 def show_version(wanted: bool) -> None:
