@@ -60,7 +60,7 @@ def simulate_command(
     seed: Annotated[int, typer.Option(help="Of made-up requests and times.")] = 0,
     memory: Annotated[str, typer.Option(help="blocks; or contiguous: max, pow2, oracle, doubling.")] = "blocks",
     policy: Annotated[str, typer.Option(help="Who goes first: priority, fcfs or lpm.")] = "priority",
-    eviction_policy: Annotated[str, typer.Option(help="Which cached block goes first: lru, fifo, lfu, ...")] = "lru",
+    eviction_policy: Annotated[str, typer.Option(help="Which cached block goes first: reuse-bonus, lru, fifo, lfu or second-chance.")] = "reuse-bonus",
     prefix_caching: Annotated[bool, typer.Option(help="Reuse what other prompts have computed.")] = True,
     block_size: Annotated[int, typer.Option(help="Tokens a block.", min=1)] = 16,
     num_blocks: Annotated[int | None, typer.Option(help="By default what fits beside the weights.", min=1)] = None,

@@ -35,7 +35,7 @@ def facts(*args: str) -> dict:
 
 def test_it_prints_the_report_of_simulate():
     result = invoke("--num-requests", "40", "--rate", "6", "--gpu", "L4", "--seed", "3")
-    report = simulate(synthetic(40, 6.0, seed=3), get_cost_model("L4", "Llama-3.1-8B"))
+    report = simulate(synthetic(40, 6.0, seed=3), get_cost_model("L4", "Llama-3.1-8B"), eviction_policy="reuse-bonus")
     assert result.exit_code == 0 and result.output.strip() == report.table()
     assert invoke("--num-requests", "40", "--rate", "6", "--gpu", "L4", "--seed", "3").output == result.output
 
@@ -52,7 +52,7 @@ def test_traces_keep_their_times_unless_a_rate_is_given(tmp_path):
     rows = "".join(f"2023-11-16 18:15:{second:02}.0000000,{100 + second},{5 + second}\n" for second in range(30))
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     cost = get_cost_model("H100", "Llama-3.1-8B")
-    assert facts(str(path))["seconds"] == simulate(path, cost).seconds > 29
+    assert facts(str(path), "--eviction-policy", "lru")["seconds"] == simulate(path, cost).seconds > 29
     assert facts(str(path), "--num-requests", "10")["num_requests"] == 10
     assert facts(str(path), "--rate", "50")["seconds"] == simulate(poisson(load_trace(path), 50.0), cost).seconds < 10
 

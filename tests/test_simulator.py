@@ -153,7 +153,7 @@ def test_it_decides_as_the_engine_does(seed):
     """The engine of chapter 07, with full batches: the same answers at the same times, to the last bit."""
     rng = random.Random(seed)
     trace = random_trace(rng)
-    options = settled(random_settings(rng) | {"eviction_policy": "lru"})
+    options = settled(random_settings(rng))
     sim = simulation(trace, True, **options)
     ended: list[tuple[float, int, int, int]] = []
     note = sim.ledger.note
@@ -165,7 +165,6 @@ def test_it_decides_as_the_engine_does(seed):
 
     sim.ledger.note = spy
     run(sim)
-    del options["eviction_policy"]
     assert ended == drive(trace, **options)
 
 
