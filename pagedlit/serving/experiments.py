@@ -71,7 +71,8 @@ class WholeBlocks(PrefixCache):
 
 def whole_blocks(trace: Iterable[Request], setting: Setting) -> Simulation:
     """The `memory` of an engine that shares whole blocks only."""
-    cache = WholeBlocks(BlockAllocator(setting.num_blocks), setting.block_size, setting.eviction_policy)
+    cached = setting.enable_prefix_caching
+    cache = WholeBlocks(BlockAllocator(setting.num_blocks), setting.block_size, setting.eviction_policy, cached)
     runner = CostModelRunner(setting.cost_model)
     scheduler = make_scheduler(cache, runner, setting.policy, setting.limits)
     return Simulation(Arrivals(trace), scheduler, runner, Paged(scheduler), setting.jump)
