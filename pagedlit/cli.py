@@ -23,6 +23,7 @@ from rich.text import Text
 import pagedlit
 from .bench.cli import bench_app
 from .kernels_cli import kernels_app
+from .plan_cli import plan_command
 from .serving.sequence import InvalidRequest, SamplingParams
 from .simulate_cli import simulate_command
 from .tiny import SYSTEM_PROMPT, questions
@@ -38,6 +39,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Paged attent
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
 app.command("simulate")(simulate_command)
+app.command("plan")(plan_command)
 
 
 def show_version(wanted: bool) -> None:
