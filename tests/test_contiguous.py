@@ -1,6 +1,7 @@
 """Contiguous memory against a plain list of slots, with every error in between; the account of wastes after every operation."""
 
 import csv
+import json
 import math
 import os
 import pickle
@@ -30,6 +31,7 @@ from pagedlit.memory.contiguous import (
     reserve_oracle,
     reserve_pow2,
 )
+from pagedlit.viz import Span, draw_memory
 
 SPACES = {"first fit": FirstFit, "buddy": Buddy}
 POLICIES = {
@@ -426,3 +428,27 @@ def test_the_azure_trace():
     load = [(prompt, prompt + answer) for prompt, answer in rows[:1500]]
     first_fit, buddy = (serve(ContiguousPool(space(65_536), reserve_oracle), load) for space in (FirstFit, Buddy))
     assert used(buddy) < used(first_fit) < shares[0]
+
+
+def test_the_controls_of_the_game():
+    """The live widget of chapter 01, which the page cannot run: its buttons move both memories and redraw them."""
+    widgets = pytest.importorskip("ipywidgets")
+    path = Path(__file__).parent.parent / "nbs/01_contiguous.ipynb"
+    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    scope = {"widgets": widgets, "FirstFit": FirstFit, "Buddy": Buddy, "NoHole": NoHole, "Span": Span, "draw_memory": draw_memory}
+    for start in ("class Game", "def controls"):
+        (source,) = (source for source in sources if start in source)
+        exec(source.removesuffix("controls(Game())"), scope)
+    game = scope["Game"](16)
+    row, said, picture = scope["controls"](game).children
+    size, arrive, label, leave = row.children
+    for slots in (3, 1, 16):
+        size.value = slots
+        arrive.click()
+    assert said.value == "c needs 16: first fit is full and buddy is full" and picture.value == str(game.frames[-1])
+    assert label.options == ("a", "b") and {name: sorted(held) for name, held in game.held.items()} == {"first fit": ["a", "b"], "buddy": ["a", "b"]}
+    label.value = "a"
+    leave.click()
+    assert said.value == "a is done" and [space.num_free for space in game.spaces.values()] == [15, 15]
+    leave.click()
+    assert leave.disabled and not arrive.disabled and game.here() == []
