@@ -23,7 +23,7 @@ from .compute.model_needs import ELEMENT_BYTES, ModelNeeds, ask_model, name_of_d
 from .serving.cost_model import DEVICES, MODELS, CostModel, Device
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
 # %% auto #0
 __all__ = ['UnknownGPU', 'spelling', 'find_gpu', 'parse_memory', 'RankMemory', 'Plan', 'plan', 'check_plan', 'windowed_bytes',
@@ -140,7 +140,7 @@ class Plan(RankMemory):
 
 # %% ../nbs/16_planner.ipynb #1e627ef1
 def plan(
-    model: str | Path | Mapping[str, Any] | PretrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
+    model: str | Path | Mapping[str, Any] | PreTrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
     gpu: str | Device | None = None,  # a name in `DEVICES`, or one of your own
     memory: int | None = None,  # bytes of a GPU; None = the GPU's
     tp: int = 1,  # GPUs that share the model

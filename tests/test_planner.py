@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import REFUSED, RIGHT, config_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -154,8 +154,13 @@ def test_experts_idle_rows_and_dtypes():
     mixtral = ask_model({"model_type": "mixtral", "dtype": "bfloat16"}).weights
     assert round(mixtral.num_active / 1e9, 1) == 12.7 and mixtral.num_idle == 32000 * 4096
     assert mixtral.num_expert == 32 * 8 * 3 * 4096 * 14336 and (mixtral.num_experts, mixtral.experts_per_token) == (8, 2)
+    made = plan({"model_type": "mixtral", "dtype": "bfloat16"}, tp=2)
+    for batch, num_read in ((1, mixtral.num_active), (1000, mixtral.total - mixtral.num_idle)):
+        step = decode_step(made, batch, 100)
+        assert step.num_bytes == pytest.approx(num_read + batch * 100 * 64 * KB) and step.num_flops == pytest.approx(batch * (mixtral.num_active + 100 * 32 * 32 * 256))
     tied = ask_model({"model_type": "llama", "tie_word_embeddings": True})
     assert tied.weights.num_idle == 0 and tied.dtype == "float32", "a tied table is read in full, as the head; without a dtype it is float32"
+    assert ask_model({"model_type": "gpt_oss"}).weights.num_expert == 36 * 128 * (3 * 2880 * 2880 + 3 * 2880), "with their biases"
     quantised = ask_model({"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}})
     assert quantised.dtype == "bfloat16" and "quantised (mxfp4)" in quantised.notes[0]
     assert name_of_dtype("torch.float8_e4m3fn") == name_of_dtype("fp8") == "fp8" and plan(LLAMA_7B, dtype="float32").kv_bytes_per_token == 1024 * KB
@@ -181,6 +186,11 @@ def test_three_forms_of_a_config(tmp_path):
     plans = [plan(form, memory=GB) for form in forms]
     assert len({(each.weight_bytes, each.num_blocks, each.needs.layers) for each in plans}) == 1
     assert plans[0].needs.name == str(MODEL_PATH) and plans[3].needs.name == plans[4].needs.name == "llama"
+
+
+def test_a_hub_id(monkeypatch):
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: (LLAMA_70B, {}))
+    assert plan("somebody/llama").needs.name == "somebody/llama" and plan("gpt2").kv_bytes_per_token == 320 * KB
 
 
 def test_configs_that_are_none(tmp_path):
@@ -275,6 +285,7 @@ def test_the_sums_hold_together(made):
     assert made.tp * made.weight_bytes >= made.needs.weights.total * {"float32": 4, "bfloat16": 2}[made.needs.dtype] > made.tp * (made.weight_bytes - 1)
     assert made.fits == (0 < wanted_bytes(made) <= made.num_blocks * block)
     assert made.num_paged(made.max_context) <= made.num_paged(made.context) and made.num_paged(made.max_context) <= made.num_reserved
+    assert made.num_reserved * made.max_context <= made.num_blocks * made.block_size < (made.num_reserved + 1) * made.max_context
     for count in (1, made.concurrency):
         longest = longest_context(made, count)
         assert not longest or made.num_paged(longest) >= count
@@ -317,9 +328,14 @@ def test_the_roofline_is_that_of_the_cost_model(big, device, tp):
             assert decode_step(made, batch, context).tokens_per_second(DEVICES[device], kind) == pytest.approx(batch / seconds)
 
 
+def test_what_limits_a_step(big):
+    assert [(speed.batch_size, speed.limit) for speed in speeds(replace(big, context=500)) if speed.batch_size in (1, 256, 1024)] == [(1, "memory"), (256, "memory"), (1024, "compute")]
+
+
 def test_an_8_bit_cache(big):
     half, full = replace(big, kv_dtype="fp8"), big
     assert 2 * half.kv_bytes_per_token == full.kv_bytes_per_token and half.scale_bytes == 80 * 2 * 4 and full.scale_bytes == 0
+    assert full.cache_bytes - half.cache_bytes == half.scale_bytes
     assert 2 * full.num_blocks - 1 <= half.num_blocks <= 2 * full.num_blocks + 1 and "KV scales" in half.table()
 
 
@@ -328,9 +344,12 @@ def test_windows_are_read_but_not_forgotten():
     assert gemma.kv_bytes_per_token == 2 * 26 * 4 * 256 * 2, "every token in every layer"
     assert windowed_bytes(gemma, 8192) == (13 * 8192 + 13 * (4096 + 16)) * 2 * 4 * 256 * 2 and "windowed, 8,192" in gemma.table()
     assert decode_step(gemma, 1, 8192).num_bytes - decode_step(gemma, 1, 4096).num_bytes == 13 * 4096 * 2 * 4 * 256 * 2, "behind the window nothing is read"
+    assert decode_step(gemma, 1, 8192).num_flops - decode_step(gemma, 1, 4096).num_flops == 13 * 4096 * 8 * (256 + 256) * 2, "and nothing computed"
 
 
 def test_what_does_not_fit_says_what_would(big):
+    most = big.num_paged(big.context)
+    assert replace(big, concurrency=most).fits and not replace(big, concurrency=most + 1).fits
     made = replace(big, tp=1)
     assert not made.fits and made.num_blocks == 0 and "tp=4 is enough" in replace(made, context=4096, concurrency=32).table()
     with pytest.raises(NoRoomForCache):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # %% auto #0
 __all__ = ['ELEMENT_BYTES', 'LayerNeed', 'Witness', 'ask_layers', 'build_on_meta', 'UnknownArchitecture', 'BadConfig',
@@ -79,7 +79,7 @@ def ask_layers(model: PreTrainedModel) -> list[LayerNeed]:
     return witness.needs
 
 
-def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config, without memory. Raises `BadConfig`."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -101,8 +101,8 @@ class BadConfig(ValueError):
 
 # %% ../../nbs/16_model_needs.ipynb #bbd12084
 def read_config(
-    model: str | Path | Mapping[str, Any] | PretrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
-) -> PretrainedConfig:
+    model: str | Path | Mapping[str, Any] | PreTrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
+) -> PreTrainedConfig:
     """The config of a causal language model. Raises `UnknownArchitecture`, `BadConfig`, and `OSError` if there is nothing to read."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
@@ -114,7 +114,7 @@ def read_config(
         hint = f" (similar: {', '.join(similar)})" if similar else ""
         raise UnknownArchitecture(f"model_type {model_type!r} is no causal language model that transformers knows{hint}; known are: {', '.join(sorted(KNOWN))}")
     try:
-        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(given)
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(given)
     except Exception as error:
         raise BadConfig(f"this is no {model_type} config: {type(error).__name__}: {error}") from error
     return config
@@ -139,10 +139,10 @@ def read_json(model: str) -> dict[str, Any]:
 
 def hub_config(model: str) -> dict[str, Any]:
     """The config of a Hub id, from the Hub or its cache. Raises `OSError`."""
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
     try:
-        given: dict[str, Any] = PretrainedConfig.get_config_dict(model)[0]
+        given: dict[str, Any] = PreTrainedConfig.get_config_dict(model)[0]
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{model}: no such path, and no config from the Hub: {error}") from error
     return given
@@ -199,7 +199,7 @@ def count_weights(model: PreTrainedModel) -> Weights:
     total = num_idle = num_expert = 0
     for name, weight in model.named_parameters():
         total += weight.numel()
-        if id(weight) in tables or "vision" in name or "audio" in name:
+        if id(weight) in tables or any(part in name for part in ("vision", "visual", "audio")):
             num_idle += weight.numel()
         elif num_experts and weight.shape[0] == num_experts and (weight.ndim == 3 or ".experts." in name):
             num_expert += weight.numel()
@@ -233,7 +233,7 @@ def name_of_dtype(dtype: Any) -> str:
 
 # %% ../../nbs/16_model_needs.ipynb #786e71d9
 def ask_model(
-    model: str | Path | Mapping[str, Any] | PretrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
+    model: str | Path | Mapping[str, Any] | PreTrainedConfig,  # a Hub id, a folder, a config.json, or what stands in one
     dtype: str = "auto",  # of the weights; "auto" = as the config says
 ) -> ModelNeeds:
     """Build a model on the meta device and ask it. Raises what `read_config` raises, and `BadConfig`."""
