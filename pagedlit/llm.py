@@ -31,6 +31,7 @@ from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.eviction import get_eviction_policy
 from .memory.prefix_cache import PrefixCache
+from .serving.ahead import AheadEngine, AheadScheduler
 from .serving.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .serving.engine import Engine
 from .serving.policy import get_policy
@@ -44,7 +45,8 @@ __all__ = ['Prompt', 'PROMPT_FIELDS', 'Params', 'tokenize', 'encode', 'check_tok
            'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'completion', 'prompt_logprobs',
            'Finished', 'uninterrupted', 'MailRoom', 'deliver', 'new_id', 'end', 'stop_at_strings', 'LLMEngine', 'serve',
            'begin_or_reject', 'pair_up', 'PromptServer', 'begin_search', 'spelled', 'BeamSearcher', 'check_sizes',
-           'as_dtype', 'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'LLM']
+           'as_dtype', 'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'engine_over', 'stats_of',
+           'LLM']
 
 # %% ../nbs/14_llm.ipynb #b2aab861
 Prompt = str | list[int] | dict[str, Any]  # text, ids, {"prompt": text}, {"prompt_token_ids": ids} or {"messages": a conversation}
@@ -584,6 +586,13 @@ class Stats:
         return 1 - self.num_free_blocks / self.num_blocks
 
 
+def engine_over(runner: ModelRunner, cache: PrefixCache, limits: tuple[Any, ...], seed: int, plans_ahead: bool | None) -> Engine:
+    """An engine for a model; on a GPU, or where it is asked for, one that plans ahead."""
+    if runner.device.type == "cuda" if plans_ahead is None else plans_ahead:
+        return AheadEngine(runner, AheadScheduler(cache, *limits), seed)
+    return Engine(runner, Scheduler(cache, *limits), seed)
+
+
 def stats_of(scheduler: Scheduler, num_copies: int, finished: Finished) -> Stats:
     """A snapshot."""
     cache = scheduler.cache
@@ -617,6 +626,7 @@ class LLM(BeamSearcher):
         eviction_policy: str = "reuse-bonus",  # which idle block goes first: a name of `get_eviction_policy`
         attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
         enforce_eager: bool = False,  # never compile or capture the model; today it always runs eagerly
+        async_scheduling: bool | None = None,  # plan a step while the one before runs; None = on a GPU
         seed: int = 0,  # of requests that bring none
     ) -> None:
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
@@ -626,9 +636,8 @@ class LLM(BeamSearcher):
         self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len, kv_cache_dtype)
         cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, eviction, enable_prefix_caching)
         limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
-        limits = max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer)
-        scheduler = Scheduler(cache, *limits, max_prefill_chunk=max_prefill_chunk, policy=policy)
-        super().__init__(Engine(self.runner, scheduler, seed), tokenizer, self.runner.vocab_size)
+        limits = max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer), max_prefill_chunk, policy
+        super().__init__(engine_over(self.runner, cache, limits, seed, async_scheduling), tokenizer, self.runner.vocab_size)
 
     def stats(self) -> Stats:
         """What is going on, and what has been done since the start."""

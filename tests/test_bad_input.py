@@ -322,13 +322,13 @@ class Fault:
     everybody: bool = False  # or only sequences that begin with `POISON`
     is_over: bool = False
 
-    def strikes(self, seq: Any, num_tokens: int) -> bool:
-        """Whether this sequence's share of a step is the one."""
+    def strikes(self, seq: Any, start: int, num_tokens: int) -> bool:
+        """Whether this sequence's share of a step, from this position on, is the one."""
         if self.is_over or not (self.everybody or seq.token_ids[0] == POISON[0]):
             return False
         if self.phase == "decode":
-            return seq.num_output_tokens >= 3
-        return seq.num_computed_tokens == 0 if self.phase == "first chunk" else seq.num_computed_tokens + num_tokens >= seq.num_prompt_tokens
+            return max(seq.num_output_tokens, start + num_tokens - seq.num_prompt_tokens) >= 3
+        return start == 0 if self.phase == "first chunk" else start + num_tokens >= seq.num_prompt_tokens
 
 
 POISON = [33] + LONG[:17]  # two chunks of at most nine tokens
@@ -339,8 +339,10 @@ def install(monkeypatch: Any, llm: LLM, fault: Fault) -> None:
     before: Callable = model_runner.step_logits
 
     def step_logits(runner: Any, layers: Any, batch: Any) -> torch.Tensor:
-        shares = llm.engine.scheduler.scheduled
-        struck = [s for s, (seq, num_tokens) in enumerate(shares) if fault.strikes(seq, num_tokens)]
+        in_flight = [step.shares for step in getattr(llm.engine.scheduler, "steps", ()) if step.batch is batch]
+        shares = in_flight[0] if in_flight else llm.engine.scheduler.scheduled
+        starts = [batch.positions[row] for row in batch.query_start_loc[:-1]]
+        struck = [s for s, (seq, num_tokens) in enumerate(shares) if fault.strikes(seq, starts[s], num_tokens)]
         if struck and fault.kind == "raise":
             fault.is_over = not fault.forever
             raise RuntimeError("a bad kernel")

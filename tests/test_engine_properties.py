@@ -29,12 +29,14 @@ params = st.builds(
 class EngineMachine(RuleBasedStateMachine):
     """Adds, steps, aborts, forks, fails and forgets, on an engine of any shape."""
 
+    make = staticmethod(make_engine)
+
     @initialize(
         block_size=st.integers(1, 16), num_tokens=st.integers(20, 90), budget=st.integers(1, 64), num_seqs=st.integers(1, 8), caching=st.booleans(),
         seed=st.integers(0, 3),
     )
     def start(self, block_size: int, num_tokens: int, budget: int, num_seqs: int, caching: bool, seed: int) -> None:
-        self.engine = make_engine(
+        self.engine = self.make(
             -(-num_tokens // block_size), block_size, max_num_batched_tokens=budget, max_num_seqs=num_seqs, enable_prefix_caching=caching, seed=seed
         )
         self.oracle = Oracle(self.engine)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from pagedlit.serving.ahead import AheadEngine, ToyDevice, ToyStep, build_ahead_engine
 from pagedlit.serving.engine import Engine, ToyRunner, build_engine, toy_reference
 from pagedlit.serving.scheduler import ForwardBatch, RunnerOutput
 from pagedlit.serving.sequence import Logprob, RequestTooLong, SamplingParams, Sequence, SequenceStatus, namespace_of
@@ -14,6 +15,10 @@ VOCAB_SIZE = 4  # few tokens, so that prompts share prefixes and stop tokens are
 
 class RunnerFailed(Exception):
     """What `FlakyRunner` raises."""
+
+
+class BadBatch(BaseException):
+    """What `FlakyDevice` says to a batch that no runner should get: nothing that an engine would try again."""
 
 
 def check_batch(batch: ForwardBatch, num_blocks: int) -> None:
@@ -52,6 +57,48 @@ class FlakyRunner(ToyRunner):
         return output._replace(prompt_logprobs=[{token_id: Logprob(-1.0, 1)} for token_id in batch.prompt_targets])
 
 
+class FlakyStep(ToyStep):
+    """A step that fails when somebody waits for it: before or after it has been computed, or with all that was in the queue."""
+
+    device: FlakyDevice
+
+    def result(self) -> RunnerOutput:
+        fails, self.device.fails = self.device.fails, None
+        if fails == "lost":
+            self.device.queue.clear()
+        if fails != "early" and fails != "lost":
+            output = super().result()
+        if fails:
+            raise RunnerFailed
+        return output._replace(prompt_logprobs=[{token_id: Logprob(-1.0, 1)} for token_id in self.batch.prompt_targets])
+
+
+class FlakyDevice(ToyDevice):
+    """A toy with a queue that checks its batches, works through them early or late, and can fail once: at the next call, "early"
+    at the latest when somebody waits, "late" or "lost" not before.
+    """
+
+    fails: str | None = None
+    num_submitted = 0
+    longest_queue = 0
+
+    def submit(self, batch: ForwardBatch) -> ToyStep:
+        try:
+            check_batch(batch, len(self.pool) // self.block_size)
+        except AssertionError as error:
+            raise BadBatch(error) from error
+        if self.fails == "early":
+            self.fails = None
+            raise RunnerFailed
+        self.queue.append(step := FlakyStep(batch, self.work))
+        step.device = self
+        self.num_submitted += 1
+        self.longest_queue = max(self.longest_queue, len(self.queue))
+        while self.queue and self.num_submitted * 5 % 7 < 2:  # now and then it is quick
+            self.work()
+        return step
+
+
 def greedy(max_tokens: int = 16, **others: object) -> SamplingParams:
     """Greedy sampling."""
     return SamplingParams(temperature=0, max_tokens=max_tokens, **others)
@@ -60,6 +107,11 @@ def greedy(max_tokens: int = 16, **others: object) -> SamplingParams:
 def make_engine(num_blocks: int, block_size: int, vocab_size: int = VOCAB_SIZE, **limits: object) -> Engine:
     """An engine over a toy that can be made to fail."""
     return build_engine(FlakyRunner(num_blocks, block_size, vocab_size), num_blocks, block_size, eviction_policy="reuse-bonus", **limits)
+
+
+def make_ahead_engine(num_blocks: int, block_size: int, vocab_size: int = VOCAB_SIZE, **limits: object) -> AheadEngine:
+    """An engine that plans ahead, over a toy that can be made to fail."""
+    return build_ahead_engine(FlakyDevice(num_blocks, block_size, vocab_size), num_blocks, block_size, **limits)
 
 
 def record(engine: Engine) -> list:
@@ -161,18 +213,18 @@ def random_params(rng: random.Random) -> SamplingParams:
     )
 
 
-def random_engine(rng: random.Random) -> Engine:
+def random_engine(rng: random.Random, make: Callable[..., Engine] = make_engine) -> Engine:
     """Tiny pools, so that preemption is the rule."""
     block_size = rng.choice([1, 2, 3, 4, 16])
-    return make_engine(
+    return make(
         rng.randint(max(2, 24 // block_size), 60 // block_size + 4), block_size, max_num_batched_tokens=rng.choice([1, 3, 7, 64]),
         max_num_seqs=rng.choice([1, 2, 8]), enable_prefix_caching=rng.random() < 0.8,
     )
 
 
-def random_life(rng: random.Random, num_moves: int = 60) -> None:
+def random_life(rng: random.Random, num_moves: int = 60, make: Callable[..., Engine] = make_engine) -> None:
     """One engine from its first request to an empty pool; raises where anything is wrong."""
-    engine = random_engine(rng)
+    engine = random_engine(rng, make)
     oracle = Oracle(engine)
     for _ in range(num_moves):
         random_move(rng, engine, oracle)
@@ -194,7 +246,7 @@ def random_move(rng: random.Random, engine: Engine, oracle: Oracle) -> None:
     elif dice < 0.45 and engine.sequences:
         oracle.began(engine.fork(rng.choice(list(engine.sequences))))
     elif dice < 0.48 and engine.sequences:
-        oracle.check(fail_once(engine, rng.choice(["early", "late"])))
+        oracle.check(fail_once(engine, rng.choice(["early", "late", "lost"][: 3 if isinstance(engine, AheadEngine) else 2])))
     else:
         oracle.check(engine.step())
 

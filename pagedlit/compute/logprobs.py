@@ -4,11 +4,13 @@
 """How likely a token was, and which others were likely: log-probabilities of the model's own distribution.
 
 Contract: `logprobs_of` reads logits as the model gave them, before penalties, temperature and filters. A row's answer depends on that row
-alone, bit for bit, as the sampler's does. Equal tokens share a rank, the lowest id is listed first. It waits for the device, once.
+alone, bit for bit, as the sampler's does. Equal tokens share a rank, the lowest id is listed first. It waits for the device, once; `rate` and
+`read_rating` are its two halves, for those who have something better to do than to wait.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from .sampler import FULL_WEIGHT, NO_TOKEN, rows_at_once, weigh
 from ..serving.sequence import Logprob
 
 # %% auto #0
-__all__ = ['most_likely', 'logprob_table', 'as_logprobs', 'logprobs_of']
+__all__ = ['most_likely', 'logprob_table', 'as_logprobs', 'Rating', 'rate', 'read_rating', 'logprobs_of']
 
 # %% ../../nbs/12_logprobs.ipynb #685f70aa
 def most_likely(
@@ -59,7 +61,32 @@ def as_logprobs(
         return {}
     return {int(token_id): Logprob(logprob, int(rank)) for token_id, logprob, rank in table}
 
+# %% ../../nbs/12_logprobs.ipynb #2642f08d
+class Rating(NamedTuple):
+    """Log-probabilities of N rows, as the device computes them."""
 
+    numbers: Tensor  # float64: the tables of some rows at a time, one after the other
+    shapes: list[torch.Size]  # of the tables
+    num_top: Sequence[int]  # [N]
+
+
+def rate(logits: Tensor, token_ids: Tensor | Sequence[int], num_top: Sequence[int]) -> Rating:
+    """The first half of `logprobs_of`: it does not wait for the device."""
+    chosen = torch.as_tensor(token_ids, dtype=torch.long).to(logits.device, non_blocking=True)
+    at_once = rows_at_once(logits)
+    chunks = [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
+    tables = [logprob_table(logits[rows], chosen[rows], min(max(num_top[rows]), logits.shape[1])) for rows in chunks]
+    numbers = [table.flatten() for table in tables]
+    return Rating(torch.cat(numbers) if numbers else chosen.double(), [table.shape for table in tables], num_top)
+
+
+def read_rating(rating: Rating, numbers: Tensor) -> list[dict[int, Logprob]]:
+    """The second half, with the rating's numbers on the host."""
+    parts = np.split(numbers.numpy(), np.cumsum([shape.numel() for shape in rating.shapes])[:-1])
+    listed = [row for part, shape in zip(parts, rating.shapes) for row in part.reshape(shape)]
+    return [as_logprobs(row[: 1 + num_listed].tolist()) for row, num_listed in zip(listed, rating.num_top)]
+
+# %% ../../nbs/12_logprobs.ipynb #ee32de41
 def logprobs_of(
     logits: Tensor,  # [N, V] as the model gave them: no penalties, no temperature; any float dtype, read as float32
     token_ids: Tensor | Sequence[int],  # [N] the token that followed: a sampled one, or the prompt's
@@ -70,13 +97,5 @@ def logprobs_of(
     A masked token has the log-probability -inf. A row without a finite maximum has no distribution, and `NO_TOKEN` no place in
     one: both give an empty dict.
     """
-    chosen = torch.as_tensor(token_ids, dtype=torch.long).to(logits.device, non_blocking=True)
-    at_once = rows_at_once(logits)
-    chunks = [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
-    tables = [logprob_table(logits[rows], chosen[rows], min(max(num_top[rows]), logits.shape[1])) for rows in chunks]
-    if not tables:
-        return []
-    host = torch.cat([table.flatten() for table in tables]).cpu().numpy()
-    parts = np.split(host, np.cumsum([table.numel() for table in tables])[:-1])
-    listed = [row for part, table in zip(parts, tables) for row in part.reshape(table.shape)]
-    return [as_logprobs(row[: 1 + num_listed].tolist()) for row, num_listed in zip(listed, num_top)]
+    rating = rate(logits, token_ids, num_top)
+    return read_rating(rating, rating.numbers.cpu())

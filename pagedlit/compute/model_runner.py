@@ -30,9 +30,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from .attention import AttentionBackend, AttentionMetadata, forward_context, get_backend, paged_attention, view_of, visible
 from .kv_cache import KVCache, LayerSpec, blocks_that_fit, split_kv, torch_copier
 from .linear import FastLinears
-from .logprobs import logprobs_of
+from .logprobs import rate, read_rating
 from .quantize import E4M3, head_scales, storage_dtype
-from .sampler import BadLogits, read_tokens, sample
+from .sampler import BadLogits, on_device, read_tokens, sample
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import BlockTable
 from ..serving.scheduler import ForwardBatch, RunnerOutput
@@ -41,9 +41,10 @@ from ..serving.sequence import SamplingParams, Sequence
 # %% auto #0
 __all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward',
            'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows',
-           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner',
-           'read_output', 'paged_layers', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits', 'own_logits',
-           'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of', 'checked_layers']
+           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner', 'HostCopy',
+           'LaunchedStep', 'paged_layers', 'known_tokens', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits',
+           'own_logits', 'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of',
+           'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -269,6 +270,7 @@ class ModelRunner:
         limits = (max_model_len, getattr(config, "max_position_embeddings", None))
         self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
         self.detour, self.linears = Detour(model), FastLinears(model)
+        self.sampled = torch.empty(0, dtype=torch.long, device=self.device)  # [R] token ids of the last step, where they were computed
         self.calls = checked_layers(self, max_model_len)
         specs = [call.spec for call in self.calls]
         dtype, make_copier = storage_dtype(kv_cache_dtype, model.dtype), getattr(self.backend, "make_copier", torch_copier)
@@ -278,27 +280,59 @@ class ModelRunner:
         self.layers = paged_layers(self.calls, self.kv_cache)
         self.num_copies = 0  # blocks copied on write so far
 
-    def run(self, batch: ForwardBatch) -> RunnerOutput:
-        """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`. A bad row is an error in the output."""
+    def submit(self, batch: ForwardBatch) -> LaunchedStep:
+        """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`, and wait for nothing of it."""
         self.kv_cache.apply_copies(batch.copies)
         self.num_copies += len(batch.copies)
         logits = step_logits(self, self.layers, batch)
-        return read_output(batch, logits, sample(logits[: len(batch.sampling)], batch.sampling, batch.seeds, batch.output_lens, batch.histories))
+        self.sampled = sample(logits[: len(batch.sampling)], batch.sampling, batch.seeds, batch.output_lens, batch.histories)
+        return LaunchedStep(batch, logits, self.sampled)
+
+    def run(self, batch: ForwardBatch) -> RunnerOutput:
+        """Submit a step, and wait for it. A bad row is an error in the output."""
+        return self.submit(batch).result()
 
 # %% ../../nbs/13_model_runner.ipynb #a2dc562a
-def read_output(batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> RunnerOutput:
-    """What a step brought, on the host: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R]."""
-    try:
-        ids, errors = read_tokens(token_ids), {}
-    except BadLogits as error:
-        ids, errors = error.token_ids, dict.fromkeys(error.rows, error)
-    num_tops = {r: params.logprobs for r, params in enumerate(batch.sampling) if params.logprobs is not None and r not in errors}
-    if not num_tops and not batch.prompt_rows:
-        return RunnerOutput(ids, errors=errors)
-    rows = [*num_tops, *range(len(ids), len(ids) + len(batch.prompt_rows))]
-    targets = [*(ids[r] for r in num_tops), *batch.prompt_targets]
-    rated = logprobs_of(logits[rows], targets, [*num_tops.values(), *batch.prompt_tops])
-    return RunnerOutput(ids, dict(zip(num_tops, rated)), rated[len(num_tops) :], errors)
+class HostCopy:
+    """A tensor on its way to the host: from a GPU into pinned memory, while the GPU goes on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.arrived = tensor, None
+        if tensor.is_cuda:
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> Tensor:
+        """Wait for it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor.cpu()
+
+# %% ../../nbs/13_model_runner.ipynb #ea04b51a
+class LaunchedStep:
+    """What a step will have brought: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R], on the device."""
+
+    def __init__(self, batch: ForwardBatch, logits: Tensor, token_ids: Tensor) -> None:
+        self.token_ids, self.num_prompt_rows = HostCopy(token_ids), len(batch.prompt_rows)
+        self.num_tops = {r: params.logprobs for r, params in enumerate(batch.sampling) if params.logprobs is not None}
+        if self.num_tops or batch.prompt_rows:
+            rows = [*self.num_tops, *range(len(token_ids), len(token_ids) + len(batch.prompt_rows))]
+            targets = torch.cat([token_ids[on_device(list(self.num_tops), logits, torch.long)], on_device(batch.prompt_targets, logits, torch.long)])
+            self.rating = rate(logits[on_device(rows, logits, torch.long)], targets, [*self.num_tops.values(), *batch.prompt_tops])
+            self.numbers = HostCopy(self.rating.numbers)
+
+    def result(self) -> RunnerOutput:
+        """Wait for the device."""
+        try:
+            ids, errors = read_tokens(self.token_ids.read()), {}
+        except BadLogits as error:
+            ids, errors = error.token_ids, dict.fromkeys(error.rows, error)
+        if not self.num_tops and not self.num_prompt_rows:
+            return RunnerOutput(ids, errors=errors)
+        rated = read_rating(self.rating, self.numbers.read())
+        logprobs = {r: each for r, each in zip(self.num_tops, rated) if r not in errors}
+        return RunnerOutput(ids, logprobs, rated[len(self.num_tops) :], errors)
 
 # %% ../../nbs/13_model_runner.ipynb #b8faa40c
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
@@ -308,11 +342,22 @@ def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Mod
     return [(call.module, PagedLayer(part, call.sliding_window, pair)) for call, part, pair in parts]
 
 
+def known_tokens(
+    token_ids: Tensor,  # int64 [T]; -1 - r stands for what row r of the step before has sampled
+    sampled: Tensor,  # int64 [R] of the step before
+) -> Tensor:  # int64 [T]
+    """Token ids without placeholders, and without waiting for the device. Where sampling failed, any token will do."""
+    rows = (-1 - token_ids).clamp(0, len(sampled) - 1)
+    return torch.where(token_ids < 0, sampled[rows].clamp(min=0), token_ids)
+
+
 @torch.inference_mode()
 def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R + P, V]
     """Run the model over a batch and keep the logits of its `logits_rows` and `prompt_rows`, in the model's dtype."""
     wanted = batch.logits_rows + batch.prompt_rows
     token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, wanted))
+    if min(batch.token_ids) < 0:  # planned before the step before it was known: chapter 7, "Planning ahead"
+        token_ids = known_tokens(token_ids, runner.sampled)
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
     keep = {"logits_to_keep": rows} if runner.takes_rows else {}
     metadata = AttentionMetadata.from_batch(batch, runner.device)

@@ -22,7 +22,7 @@ from .engine import Engine
 from .sequence import InvalidRequest, Logprob, SamplingParams, Sequence, is_int, is_number
 
 # %% auto #0
-__all__ = ['BEAM_RULES', 'BeamSearchParams', 'BeamSearchSequence', 'BeamSearchOutput', 'score_of', 'is_decided', 'Beam',
+__all__ = ['BEAM_RULES', 'BeamSearchParams', 'BeamSearchSequence', 'BeamSearchOutput', 'score_of', 'is_decided', 'Beam', 'steer',
            'Candidate', 'ranked', 'follow', 'hypothesis', 'BeamSearch', 'choose', 'is_over']
 
 # %% ../../nbs/07_beam_search.ipynb #bc3a40bf
@@ -114,6 +114,12 @@ class Beam(NamedTuple):
     cum_logprob: float = 0.0
 
 
+def steer(seq: Sequence) -> Beam:
+    """The first beam of a search; its forks will be steered, too."""
+    seq.steered = True
+    return Beam(seq)
+
+
 class Candidate(NamedTuple):
     """One way to go on."""
 
@@ -179,7 +185,7 @@ class BeamSearch:
         """Put the prompt in line. Raises `InvalidRequest` (`RequestTooLong` if it could never fit)."""
         assert not self.beams and not self.finished, "a search begins once"
         seq_id = self.engine.add_request(prompt_token_ids, self.params.of_a_beam(len(self.eos_token_ids)))
-        self.beams = [Beam(self.engine.sequences[seq_id])]
+        self.beams = [steer(self.engine.sequences[seq_id])]
 
     def after_step(self, moved: Iterable[Sequence]) -> None:
         """Hold the beams that have moved; when all have, choose how to go on. Call it after every step, before the next."""

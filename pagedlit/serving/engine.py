@@ -30,8 +30,8 @@ from .sequence import InvalidRequest, SamplingParams, Sequence, SequenceStatus
 
 # %% auto #0
 __all__ = ['SIGN_BYTES', 'Runner', 'toy_value', 'toy_token', 'toy_reference', 'toy_text', 'ToyRunner', 'to_tokens', 'mix_seed',
-           'clone', 'new_sequence', 'check_fork', 'new_fork', 'Registry', 'BrokenRunner', 'run_step', 'RequestFailed',
-           'failed', 'Engine', 'run_or_suspect', 'build_engine']
+           'clone', 'new_sequence', 'check_fork', 'new_fork', 'Registry', 'BrokenRunner', 'check_output', 'run_step',
+           'RequestFailed', 'failed', 'Engine', 'plan', 'run_or_suspect', 'blame', 'build_engine']
 
 # %% ../../nbs/07_engine.ipynb #7861af4a
 class Runner(Protocol):
@@ -213,13 +213,18 @@ class BrokenRunner(RuntimeError):
     """The runner does not keep its contract: a bug in it, and nobody's request."""
 
 
+def check_output(batch: ForwardBatch, output: RunnerOutput) -> None:
+    """Raises `BrokenRunner` unless there is a token for each row."""
+    num_tokens, num_rows = len(output.token_ids), len(batch.logits_rows)
+    if num_tokens != num_rows:
+        raise BrokenRunner(f"the runner returned {num_tokens} tokens for {num_rows} rows")
+
+
 def run_step(runner: Runner, scheduler: Scheduler, batch: ForwardBatch) -> list[Sequence]:
     """Run a planned step and take its results in; when the runner fails, take the plan back and raise what it raised."""
     try:
         output = runner.run(batch)
-        num_tokens, num_rows = len(output.token_ids), len(batch.logits_rows)
-        if num_tokens != num_rows:
-            raise BrokenRunner(f"the runner returned {num_tokens} tokens for {num_rows} rows")
+        check_output(batch, output)
     except BaseException:
         scheduler.rollback()
         raise
@@ -253,14 +258,18 @@ class Engine(Registry):
     def step(self) -> list[Sequence]:
         """Run one batch; returns the sequences that got a token or failed, finished ones included."""
         self.suspects = [seq for seq in self.suspects if seq.seq_id in self.sequences]
-        batch = self.scheduler.schedule(only=self.suspects[0] if self.suspects else None)
-        assert batch or all(seq.held for seq in self.sequences.values()), "sequences wait, but none can run"
-        moved = run_or_suspect(self, batch) if batch else []
+        moved = self.advance()
+        self.suspects = [seq for seq in self.suspects if seq not in moved]
         for seq in moved:
             self.sequences[seq.seq_id] = seq  # those that have just split off are new here
             if seq.status is SequenceStatus.FINISHED:
                 del self.sequences[seq.seq_id]
         return moved
+
+    def advance(self) -> list[Sequence]:
+        """Plan a step, run it, and take its results in."""
+        batch = plan(self)
+        return run_or_suspect(self, batch) if batch else []
 
     def drain(self) -> Iterator[Sequence]:
         """Step until nothing is left to do; yields each sequence as it finishes."""
@@ -274,21 +283,31 @@ class Engine(Registry):
         assert self.sequences == known, "the engine and the scheduler disagree on who is served"
 
 # %% ../../nbs/07_engine.ipynb #91764584
+def plan(engine: Engine) -> ForwardBatch | None:
+    """The next step, or the next one of the first suspect alone; None if there is nothing to run."""
+    batch = engine.scheduler.schedule(only=engine.suspects[0] if engine.suspects else None)
+    assert batch or all(seq.held for seq in engine.sequences.values()), "sequences wait, but none can run"
+    return batch
+
+
 def run_or_suspect(engine: Engine, batch: ForwardBatch) -> list[Sequence]:
     """Run a planned batch; if it fails, find out whose fault it is, in this step or in the next ones."""
     seqs = [seq for seq, _ in engine.scheduler.scheduled]
     try:
-        moved = run_step(engine.runner, engine.scheduler, batch)
+        return run_step(engine.runner, engine.scheduler, batch)
     except BrokenRunner:
         raise
     except Exception as error:
-        if not engine.suspects:
-            engine.suspects = seqs
-            return []
-        moved = [seqs[0], *seqs[0].forks]
-        engine.scheduler.finish(seqs[0], "error", error=failed(error))
-    engine.suspects = [seq for seq in engine.suspects if seq not in moved]
-    return moved
+        return blame(engine, seqs, error)
+
+
+def blame(engine: Engine, seqs: list[Sequence], error: Exception) -> list[Sequence]:
+    """A step of these sequences has failed: suspect all of them, or end the one that was on trial. Returns who has ended."""
+    if not engine.suspects:
+        engine.suspects = seqs
+        return []
+    engine.scheduler.finish(seqs[0], "error", error=failed(error))
+    return [seqs[0], *seqs[0].forks]
 
 # %% ../../nbs/07_engine.ipynb #6c62ded7
 def build_engine(

@@ -22,8 +22,8 @@ from ..memory.prefix_cache import CacheNode
 
 # %% auto #0
 __all__ = ['PARAM_RULES', 'InvalidRequest', 'RequestTooLong', 'is_int', 'is_number', 'as_list', 'check_rules', 'SamplingParams',
-           'Logprob', 'History', 'SequenceStatus', 'Sequence', 'num_reusable_tokens', 'by_order', 'namespace_of',
-           'stop_reason_of', 'tokens_banned']
+           'Logprob', 'History', 'SequenceStatus', 'Reins', 'Sequence', 'num_reusable_tokens', 'by_order',
+           'namespace_of', 'stop_reason_of', 'tokens_banned']
 
 # %% ../../nbs/06_requests.ipynb #98fd8a00
 class InvalidRequest(ValueError):
@@ -152,8 +152,16 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 # %% ../../nbs/06_requests.ipynb #d77aa7f0
+@dataclass(eq=False, slots=True, kw_only=True)
+class Reins:
+    """Whether somebody else has a say in how a sequence goes on."""
+
+    held: bool = False  # it gets no tokens until somebody has decided
+    steered: bool = False  # between steps somebody may hold it or change its last token, so no step is planned ahead of that
+
+# %% ../../nbs/06_requests.ipynb #72ddba02
 @dataclass(eq=False, slots=True)
-class Sequence:
+class Sequence(Reins):
     """One prompt and its answer so far."""
     seq_id: int
     token_ids: array[int]  # int32: the prompt, then what was generated
@@ -168,7 +176,6 @@ class Sequence:
     num_preemptions: int = 0
     table: BlockTable | None = None  # while running
     cursor: CacheNode | None = None  # how far it has been published, while running
-    held: bool = False  # it gets no tokens until somebody has decided how it goes on
     forks: list[Sequence] = field(default_factory=list)  # other answers to the prompt, which split off at the first token
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of each generated token and its rivals, if asked for
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the prompt's tokens from the second on, as far as computed
