@@ -551,6 +551,10 @@ def make(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, name, change(getattr(where, name)))
 
 
+def test_there_are_as_many_as_the_chapter_says() -> None:
+    assert len(MISTAKES) == 14
+
+
 def test_without_a_mistake_all_is_well() -> None:
     live()
 

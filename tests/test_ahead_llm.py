@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_llm
 import torch
 from test_bad_input import FAULTS, GOOD, POISON, Fault, assert_right, assert_struck, assert_whole, install, llm_of, name_of
 from test_options import EOS, LONG, MODEL, NUM_NEW, OPTIONS, PROMPTS, WORLDS, build, check, greedy, plain, serve_among_others
 
 from pagedlit.compute.model_runner import HostCopy, ModelRunner, known_tokens
 from pagedlit.compute.sampler import NO_TOKEN, BadLogits
-from pagedlit.llm import LLM
-from pagedlit.serving.ahead import AheadEngine, build_ahead_engine
+from pagedlit.llm import LLM, PromptServer
+from pagedlit.serving.ahead import AheadEngine, ToyDevice, build_ahead_engine
 from pagedlit.serving.beam_search import BeamSearchParams
 from pagedlit.serving.engine import Engine, RequestFailed
 from pagedlit.serving.sequence import SamplingParams
@@ -99,6 +100,23 @@ def test_abort_and_closed_streams() -> None:
             if output.request_id == kept and output.finished:
                 check(output, greedy(), [])
     assert_whole(llm)
+
+
+def ahead_room(num_blocks: int = 64, block_size: int = 4, **limits: Any) -> PromptServer:
+    """Requests over the toy, planned ahead."""
+    return PromptServer(build_ahead_engine(ToyDevice(num_blocks, block_size), num_blocks, block_size, **limits), None, 26)
+
+
+@pytest.mark.parametrize("first", [1, 12, 23])
+def test_ctrl_c_at_any_line(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_llm, "toy_room", ahead_room)
+    test_llm.test_ctrl_c_at_any_line_aborts_ones_own_requests_alone(first)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mixture_of_callers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_llm, "toy_room", ahead_room)
+    test_llm.test_any_mixture_of_callers.hypothesis.inner_test(seed)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=name_of)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from ..memory.allocator import BlockAllocator
 from ..memory.block_table import BlockTable, num_blocks_for
-from ..memory.copy_on_write import shared_blocks
+from ..memory.copy_on_write import is_plain_write, shared_blocks
 from ..memory.prefix_cache import PrefixCache
 from .engine import BrokenRunner, Engine, Runner, ToyRunner, blame, check_output, plan
 from .scheduler import ForwardBatch, RunnerOutput, Scheduled, Scheduler, admit_waiting, chunk_limit, schedule_running
@@ -239,7 +239,7 @@ class AheadScheduler(InFlight):
     def schedule(self, only: Sequence | None = None) -> ForwardBatch | None:
         """Plan the next step when nothing is in flight."""
         assert not self.steps, "a step is in flight"
-        batch = super().schedule(only) or super().schedule(only)  # who finds no room for a copy and is alone has preempted himself
+        batch = super().schedule(only) or super().schedule(only)  # alone and without room for a copy, it has preempted itself
         return self.depart(batch)
 
     def schedule_ahead(self) -> ForwardBatch | None:
@@ -276,8 +276,8 @@ def num_blocks_wanted(scheduler: Scheduler) -> int:
     """Blocks that the next step's tokens may take at most, copies included, of those who run already."""
     size, chunk, num_blocks = scheduler.block_size, chunk_limit(scheduler), 0
     for seq in scheduler.running:
-        if seq.table is not None and not seq.held:
-            start, stop = seq.num_computed_tokens, min(len(seq.token_ids), seq.num_computed_tokens + chunk)
+        start, stop = seq.num_computed_tokens, min(len(seq.token_ids), seq.num_computed_tokens + chunk)
+        if seq.table is not None and not (seq.held or is_plain_write(seq.table, start, stop)):
             num_blocks += num_blocks_for(stop, size) - len(seq.table) + len(shared_blocks(seq.table, start, stop))
     return num_blocks
 
