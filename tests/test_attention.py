@@ -19,6 +19,7 @@ from pagedlit.compute.attention import (
     CPUBackend,
     LayerKind,
     Workspace,
+    count_sharers,
     current_context,
     dense_attention,
     forward_context,
@@ -112,6 +113,19 @@ def make_step(lengths, block_size=4, heads=(4, 2), dims=(8, 8), dtype=torch.floa
     key, value = new_rows(keys, num_kv_heads, key_dim), new_rows(values, num_kv_heads, value_dim)
     query = normal(len(key), num_heads, key_dim)
     return Step(AttentionMetadata.from_batch(batch), cache.layers[0], query, key, value, keys, values)
+
+
+def share(step: Step, leader: int, others: list[int], num_blocks: int) -> None:
+    """Let sequences begin with the leading blocks of another one; the blocks that they held instead are poisoned."""
+    metadata, num_tokens = step.metadata, num_blocks * step.metadata.block_size
+    first = metadata.block_table_start.tolist()
+    for s in others:
+        own, shared = (metadata.block_tables[first[i] : first[i] + num_blocks] for i in (s, leader))
+        for tensor in step.kv_cache:
+            tensor[own[own != shared].long()] = torch.nan
+        own.copy_(shared)
+        for per_seq in (step.keys, step.values):
+            per_seq[s][:num_tokens] = per_seq[leader][: min(num_tokens, len(per_seq[s]))]
 
 
 def check(step: Step, backends=BACKENDS, **options) -> None:
@@ -450,3 +464,17 @@ def test_workspace_is_reused():
     first = workspace.take(100, torch.float32)
     assert workspace.take(50, torch.float32).data_ptr() == first.data_ptr()
     assert len(workspace.take(200, torch.float32)) == 200 and len(workspace.take(1, torch.bfloat16)) == 1
+
+
+def test_decoding_sequences_with_equal_leading_blocks_are_counted():
+    """The hint for backends that read shared prefixes once: decodes only, long enough, and the same block at the same depth."""
+    batch = ForwardBatch(4)
+    for table, new, length in (([1, 2, 3], 1, 9), ([1, 2, 4], 1, 10), ([1, 2], 1, 7), ([1, 2, 5], 3, 9), ([6, 7], 1, 8), ([6, 7, 8], 1, 9), ([], 1, 0)):
+        batch.query_start_loc.append(batch.query_start_loc[-1] + new)
+        batch.seq_lens.append(length)
+        batch.block_tables.extend(table)
+        batch.block_table_start.append(len(batch.block_tables))
+        batch.slot_mapping.extend([0] * new)
+    assert [count_sharers(batch, n) for n in (1, 4, 5, 8, 9, 100)] == [3, 3, 2, 2, 0, 0]
+    assert count_sharers(ForwardBatch(16), 256) == 0
+    assert AttentionMetadata.from_batch(batch).num_sharers == 0  # 256 tokens are asked for

@@ -38,7 +38,7 @@ def compiled():
         pytest.skip("Triton interprets in this process")
 
 
-COSTLY = ("decode bf16 d128", "decode bf16 d256", "decode e4m3 d128", "extend bf16 d128", "extend e4m3 d128")
+COSTLY = ("decode bf16 d128", "decode bf16 d256", "decode e4m3 d128", "decode bf16 d128 prefixes", "prefix bf16 d128", "prefix bf16 d256", "extend bf16 d128", "extend e4m3 d128")
 
 
 @pytest.mark.parametrize("capability", [90, 80, 100])
@@ -54,6 +54,13 @@ def test_decode_loop_stays_lean():
     (row,) = report([90], ["decode bf16 d128"])
     facts = row.facts
     assert facts.registers <= 168 and facts.loop <= 450 and facts.loop_barriers <= 2 and facts.wide_loads >= 48 and facts.tensor_core == 32
+
+
+def test_prefixes_cost_the_decode_loop_nothing():
+    """Three programs a multiprocessor, as without them; and the kernel that reads them multiplies whole tiles."""
+    decode, prefix = (row.facts for row in report([90], ["decode bf16 d128 prefixes", "prefix bf16 d128"]))
+    assert decode.registers <= 168 and decode.loop <= 450 and decode.loop_barriers <= 2 and decode.spills == 0
+    assert 0 < prefix.tensor_core <= 32 and prefix.loop_barriers <= 2 and prefix.spills == 0
 
 
 def test_extend_uses_the_tensor_cores_of_sm_90():

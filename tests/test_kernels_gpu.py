@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attention import make_step
+from test_attention import make_step, share
 
 from pagedlit.compute.attention import AttentionMetadata, get_backend
 
@@ -43,22 +43,11 @@ def run(step, options):
     return first.cpu()
 
 
-@pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "all"])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize(("dim", "heads", "block_size"), [(64, (8, 8), 16), (128, (32, 8), 16), (128, (16, 2), 64), (80, (6, 2), 8), (256, (4, 2), 32)])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_options(dtype, dim, heads, block_size, lengths, name):
-    step, options = make_step(lengths, block_size, heads, (dim, dim), dtype), options_of(name, heads[0])
-    torch.testing.assert_close(run(step, options).double(), step.expected(0.1, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-def test_graph_replay_follows_the_lengths():
-    """Captured at one set of lengths, replayed at others: the plan is made again, on the device."""
+def replayed(steps, num_sharers=0):
+    """What a graph gives for each step that was recorded with the first: its buffers are loaded, and plans are made again on the device."""
     import pagedlit.compute.triton_backend  # noqa: F401
 
-    steps = [make_step(lengths, 16, (8, 2), (64, 64), torch.float16, spare=400 - sum(-(-(a + b) // 16) for a, b in lengths))
-             for lengths in ([(100, 1), (3, 1), (2000, 1)], [(1500, 1), (900, 1), (0, 1)])]
-    backend, metadata = get_backend("triton"), on_gpu(steps[0].metadata)
+    backend, metadata = get_backend("triton"), on_gpu(replace(steps[0].metadata, num_sharers=num_sharers))
     metadata.block_tables = torch.zeros(600, dtype=torch.int32, device="cuda")
     static = [x.cuda().clone() for x in (steps[0].query, steps[0].key, steps[0].value, steps[0].kv_cache[0])]
 
@@ -83,7 +72,72 @@ def test_graph_replay_follows_the_lengths():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = forward()
-    for step in (steps[1], steps[0], steps[1]):
+    for step in (*steps[1:], steps[0], *steps[1:]):
         load(step)
         graph.replay()
-        torch.testing.assert_close(out.cpu().double(), step.expected(0.1), rtol=5e-3, atol=5e-3)
+        yield step, out.cpu().double()
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "all"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize(("dim", "heads", "block_size"), [(64, (8, 8), 16), (128, (32, 8), 16), (128, (16, 2), 64), (80, (6, 2), 8), (256, (4, 2), 32)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_options(dtype, dim, heads, block_size, lengths, name):
+    step, options = make_step(lengths, block_size, heads, (dim, dim), dtype), options_of(name, heads[0])
+    torch.testing.assert_close(run(step, options).double(), step.expected(0.1, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def pool_of(lengths):
+    """A step in a pool of 400 blocks, whatever it uses."""
+    return make_step(lengths, 16, (8, 2), (64, 64), torch.float16, spare=400 - sum(-(-(a + b) // 16) for a, b in lengths))
+
+
+def test_graph_replay_follows_the_lengths():
+    """Captured at one set of lengths, replayed at others: the plan is made again, on the device."""
+    steps = [pool_of(lengths) for lengths in ([(100, 1), (3, 1), (2000, 1)], [(1500, 1), (900, 1), (0, 1)])]
+    for step, out in replayed(steps):
+        torch.testing.assert_close(out, step.expected(0.1), rtol=5e-3, atol=5e-3)
+
+
+def test_graph_replay_follows_the_groups(monkeypatch):
+    """Recorded without any group, replayed with one, with another and with none; recorded with a group, replayed without."""
+    monkeypatch.setattr("pagedlit.kernels.cascade.LAUNCH_BYTES", 0)
+    none, first, second = (pool_of([(1500, 1), (900, 1), (1200, 1)]) for _ in range(3))
+    share(first, 0, [1, 2], 50), share(second, 2, [1], 30)
+    for steps in ([none, first, second], [first, none, second]):
+        for step, out in replayed(steps, num_sharers=1):
+            torch.testing.assert_close(out, step.expected(0.1), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "all"])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((32, 8), 128), ((8, 1), 256), ((4, 4), 80)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_shared_prefixes(dtype, dim, heads, block_size, name, monkeypatch):
+    """Two groups, one of them in several tiles of members, with a stranger, a prefill and a row of padding between them."""
+    monkeypatch.setattr("pagedlit.kernels.cascade.LAUNCH_BYTES", 0)
+    lengths = [(700 + 13 * i, 1) for i in range(40)] + [(0, 1), (300, 60), (1500, 1), (1400, 1), (640, 30)]
+    step, options = make_step(lengths, block_size, heads, (dim, dim), dtype), options_of(name, heads[0])
+    if name == "all":
+        options["sliding_window"] = 1501  # hides nothing of what is shared; the window of 200 hides all of it
+    share(step, 3, [i for i in range(40) if i not in (3, 7)] + [44], 640 // block_size)
+    share(step, 42, [43], 1280 // block_size)
+    step.metadata.num_sharers = 39
+    torch.testing.assert_close(run(step, options).double(), step.expected(0.1, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_shared_prefixes_in_e4m3(dtype):
+    """64 sequences with one prefix of 8,192 tokens, in eight bits: as the decode kernel by itself."""
+    from pagedlit.kernels.cascade import paged_decode_shared
+    from pagedlit.kernels.decode import paged_decode
+
+    tables = torch.arange(64 * 520, dtype=torch.int32, device="cuda").view(64, 520)
+    tables[:, :512] = tables[0, :512].clone()
+    cache, scales = torch.randn(64 * 520, 2, 2, 16, 128, device="cuda").to(torch.float8_e4m3fn), torch.tensor([0.3, 0.5], device="cuda")
+    step = torch.randn(64, 8, 128, dtype=dtype, device="cuda"), cache[:, :, 0], cache[:, :, 1], tables
+    lens = torch.randint(8192, 8320, (64,), dtype=torch.int32, device="cuda")
+    options = {"scale": 128**-0.5, "key_scales": scales, "value_scales": scales}
+    together, again = (paged_decode_shared(*step, lens, **options) for _ in range(2))
+    assert torch.equal(together, again), "the same launches twice gave different bits"
+    torch.testing.assert_close(together, paged_decode(*step, lens, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

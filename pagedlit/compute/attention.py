@@ -30,12 +30,13 @@ from .quantize import E4M3, as_stored, check_storage, decode, parts_of_256, unit
 from ..serving.scheduler import ForwardBatch
 
 # %% auto #0
-__all__ = ['TILE_ROWS', 'WORKSPACE_BYTES', 'view_of', 'AttentionMetadata', 'visible', 'dense_attention', 'check_shapes',
-           'check_step', 'paged_attention_reference', 'padded_block_tables', 'Formula', 'attend', 'attend_unfused',
-           'causal_mask', 'attend_chunk', 'LayerKind', 'Group', 'Reach', 'cache_rows', 'stale_rows', 'group_mask',
-           'similar_lengths', 'head_ranges', 'rows_of', 'make_plan', 'plan_for', 'Workspace', 'gather_group',
-           'as_numbers', 'keys_and_values', 'CPUBackend', 'AttentionBackend', 'register_backend', 'get_backend',
-           'ForwardContext', 'ContextStack', 'forward_context', 'current_context', 'paged_attention']
+__all__ = ['SHARED_LEN', 'TILE_ROWS', 'WORKSPACE_BYTES', 'view_of', 'count_sharers', 'AttentionMetadata', 'visible',
+           'dense_attention', 'check_shapes', 'check_step', 'paged_attention_reference', 'padded_block_tables',
+           'Formula', 'attend', 'attend_unfused', 'causal_mask', 'attend_chunk', 'LayerKind', 'Group', 'Reach',
+           'cache_rows', 'stale_rows', 'group_mask', 'similar_lengths', 'head_ranges', 'rows_of', 'make_plan',
+           'plan_for', 'Workspace', 'gather_group', 'as_numbers', 'keys_and_values', 'CPUBackend', 'AttentionBackend',
+           'register_backend', 'get_backend', 'ForwardContext', 'ContextStack', 'forward_context', 'current_context',
+           'paged_attention']
 
 # %% ../../nbs/10_attention.ipynb #a2311afb
 def view_of(
@@ -48,11 +49,25 @@ def view_of(
         return torch.empty(0, dtype=dtype, device=device)
     return torch.frombuffer(numbers, dtype=dtype).to(device, non_blocking=True)
 
+# %% ../../nbs/10_attention.ipynb #5ab0c0df
+SHARED_LEN = 256  # leading tokens that sequences must have in common before reading them together is considered
+
+
+def count_sharers(
+    batch: ForwardBatch,
+    num_tokens: int,
+) -> int:  # 0 = no two decoding sequences have so many tokens in common
+    """Decoding sequences that hold, at the end of their first `num_tokens` tokens, a block that another one before them holds there."""
+    depth, starts = -(-num_tokens // batch.block_size), np.asarray(batch.block_table_start)[:-1]
+    is_long = np.asarray(batch.seq_lens, np.int32) >= depth * batch.block_size
+    is_decoding = np.diff(np.asarray(batch.query_start_loc)) == 1
+    block_ids = np.asarray(batch.block_tables, np.int32)[starts[is_long & is_decoding] + depth - 1]
+    return len(block_ids) - len(np.unique(block_ids))
+
 # %% ../../nbs/10_attention.ipynb #a8cd869f
 @dataclass(eq=False)
 class AttentionMetadata:
     """Who is who in a step. `plans` keeps what backends work out from it once and use in every layer."""
-
     block_size: int
     slot_mapping: Tensor  # [T] int64: slot that each row's K and V are written to, -1 = none
     query_start_loc: Tensor  # [S + 1] int32: sequence s owns rows query_start_loc[s] : query_start_loc[s + 1]
@@ -61,6 +76,7 @@ class AttentionMetadata:
     block_table_start: Tensor  # [S + 1] int32: sequence s owns block_tables[block_table_start[s] : block_table_start[s + 1]]
     max_query_len: int  # most rows of a sequence
     max_seq_len: int  # most tokens of a sequence
+    num_sharers: int = 0  # decoding sequences whose leading blocks another one before them holds too
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -75,6 +91,7 @@ class AttentionMetadata:
             block_table_start=view_of(batch.block_table_start, device),
             max_query_len=int(np.diff(np.asarray(batch.query_start_loc)).max(initial=0)),
             max_seq_len=max(batch.seq_lens, default=0),
+            num_sharers=count_sharers(batch, SHARED_LEN),
         )
 
     @property

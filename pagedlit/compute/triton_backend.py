@@ -19,15 +19,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import AttentionMetadata, register_backend
+from .attention import SHARED_LEN, AttentionMetadata, register_backend
 from .kv_cache import split_kv
 from ..kernels.cache_write import check_cache, copy_blocks_launch, copy_targets, ordered_moves, write_kv_launch
+from ..kernels.cascade import PrefixPlan, group_launches, prefix_config, prefix_launch, prefix_plan_launch, tokens_that_pay
 from ..kernels.decode import DecodeConfig, DecodeScratch, check_query, decode_config, decode_launch, num_places, plan_launch
 from ..kernels.extend import ExtendConfig, extend_config, extend_launch, extend_plan_launch, max_extend_items
 from ..memory.copy_on_write import BlockCopy
 
 # %% auto #0
-__all__ = ['StepPlan', 'make_plan', 'plan_for', 'Scratch', 'BlockCopier', 'TritonBackend']
+__all__ = ['groups_of', 'plan_prefixes', 'StepPlan', 'make_plan', 'plan_for', 'Scratch', 'BlockCopier', 'TritonBackend']
+
+# %% ../../nbs/11e_triton_backend.ipynb #5ab0c1df
+def groups_of(metadata: AttentionMetadata) -> Tensor:  # [S, 8] int32
+    """Which decoding sequences begin with the same blocks; found at the first layer of a step."""
+    groups: Tensor | None = metadata.plans.get("groups")
+    if groups is None:
+        groups = metadata.plans["groups"] = torch.empty(metadata.num_seqs, 8, dtype=torch.int32, device=metadata.seq_lens.device)
+        step = metadata.query_start_loc, metadata.seq_lens, metadata.block_table_start, metadata.block_tables
+        for launch in group_launches(groups, *step, metadata.block_size, SHARED_LEN):
+            launch.run()
+    return groups
+
+
+def plan_prefixes(
+    query: Tensor,
+    kv_cache: list[Tensor],
+    metadata: AttentionMetadata,
+    sliding_window: int | None,
+    first_place: int,  # in the scratch, of what is read for the groups
+) -> PrefixPlan | None:
+    """Plan what sequences read together; None where no two of them can, or where their heads do not fit into a tile."""
+    (key_cache, value_cache), config = split_kv(kv_cache), prefix_config(query, *split_kv(kv_cache))
+    num_kv_heads, group = key_cache.shape[1], query.shape[1] // key_cache.shape[1]
+    if not metadata.num_sharers or not config.tokens(group):
+        return None
+    places = num_places(query.device, num_kv_heads, DecodeConfig(programs_per_sm=1))
+    plan, pays = PrefixPlan.empty(metadata.num_seqs, places, config, query.device), tokens_that_pay(key_cache, value_cache)
+    step = groups_of(metadata), metadata.block_table_start, metadata.block_size
+    prefix_plan_launch(plan, *step, group, first_place, sliding_window, SHARED_LEN, pays).run()
+    return plan
 
 # %% ../../nbs/11e_triton_backend.ipynb #ebd2bcf4
 class StepPlan(NamedTuple):
@@ -37,22 +68,25 @@ class StepPlan(NamedTuple):
     decode_items: Tensor  # [S + places, 8] int32
     extend: ExtendConfig
     extend_items: Tensor | None  # [n, 8] int32; None = every sequence has one row at most
+    prefix: PrefixPlan | None  # None = no two decoding sequences begin with the same blocks
+    num_partials: int  # places in the scratch
 
 
 def make_plan(query: Tensor, kv_cache: list[Tensor], metadata: AttentionMetadata, sliding_window: int | None) -> StepPlan:
-    """Configure and plan both kernels; nothing waits."""
+    """Configure and plan all kernels; nothing waits."""
     (key_cache, value_cache), num_seqs = split_kv(kv_cache), metadata.num_seqs
     num_kv_heads, device = key_cache.shape[1], query.device
     group, step = query.shape[1] // num_kv_heads, (metadata.query_start_loc, metadata.seq_lens, metadata.block_table_start)
     decode, extend = decode_config(query, key_cache, value_cache), extend_config(query, key_cache, value_cache)
     places, extend_items = num_places(device, num_kv_heads, decode), None
     decode_items = torch.empty(num_seqs + places, 8, dtype=torch.int32, device=device)
-    plan_launch(decode_items, *step, places, decode, sliding_window).run()
+    prefix = plan_prefixes(query, kv_cache, metadata, sliding_window, len(decode_items))
+    plan_launch(decode_items, *step, places, decode, sliding_window, prefix.prefixes if prefix else None).run()
     if metadata.max_query_len > 1:
         num_items = max_extend_items(len(query), num_seqs, group, extend)
         extend_items = torch.empty(num_items, 8, dtype=torch.int32, device=device)
         extend_plan_launch(extend_items, *step, group, extend).run()
-    return StepPlan(decode, decode_items, extend, extend_items)
+    return StepPlan(decode, decode_items, extend, extend_items, prefix, len(decode_items) + (prefix.max_partials(group) if prefix else 0))
 
 # %% ../../nbs/11e_triton_backend.ipynb #f456e4de
 def plan_for(query: Tensor, kv_cache: list[Tensor], metadata: AttentionMetadata, sliding_window: int | None) -> StepPlan:
@@ -127,8 +161,12 @@ class TritonBackend:
         plan = plan_for(query, kv_cache, metadata, sliding_window)
         write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
         layer = query, key_cache, value_cache, out, metadata.block_tables
-        scratch = self.scratch.take(len(plan.decode_items), query.shape[1], value.shape[2], query.device)
-        decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks, key_scales, value_scales).run()
+        scratch = self.scratch.take(plan.num_partials, query.shape[1], value.shape[2], query.device)
+        if plan.prefix:
+            cache = query, key_cache, value_cache, metadata.block_tables
+            prefix_launch(*cache, metadata.query_start_loc, plan.prefix, scratch, scale, softcap, key_scales, value_scales).run()
+        has_prefixes = plan.prefix is not None
+        decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks, key_scales, value_scales, has_prefixes).run()
         if plan.extend_items is not None:
             extend_launch(*layer, plan.extend_items, plan.extend, scale, sliding_window, softcap, sinks, key_scales, value_scales).run()
         return out

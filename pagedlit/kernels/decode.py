@@ -33,36 +33,38 @@ __all__ = ['LOG2E', 'HIDDEN', 'FLOOR', 'FIELDS', 'NO_WINDOW', 'extent', 'plan_ke
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)  # a masked logit
 FLOOR = tl.constexpr(-1e28)  # where the running maximum begins: above every masked logit
-FIELDS = tl.constexpr(8)  # of an item: row, first entry in the tables, first token, end, part, number of parts; two are spare
+FIELDS = tl.constexpr(8)  # of an item: row, first entry in the tables, first token, end, part, number of parts; of them before this item: first place, number
 NO_WINDOW = 1 << 30
 
 
 @triton.jit
-def extent(seqs, num_seqs, query_start_loc, seq_lens, window, TILE: tl.constexpr):
-    """First tile and number of tiles that each sequence reads; -1 tiles for one that does not decode."""
+def extent(seqs, num_seqs, query_start_loc, seq_lens, prefixes, window, TILE: tl.constexpr, HAS_PREFIXES: tl.constexpr):
+    """First tile, number of tiles (-1: does not decode) and first token that each sequence reads by itself."""
     inside = seqs < num_seqs
     num_rows = tl.load(query_start_loc + seqs + 1, mask=inside, other=0) - tl.load(query_start_loc + seqs, mask=inside, other=0)
     seq_len = tl.load(seq_lens + seqs, mask=inside, other=0)
-    first = tl.maximum(seq_len - window, 0) // TILE
-    return first, tl.where(num_rows == 1, tl.cdiv(seq_len, TILE) - first, -1)
+    begin = tl.maximum(seq_len - window, 0)
+    if HAS_PREFIXES:
+        begin = tl.maximum(begin, tl.load(prefixes + seqs * 3, mask=inside, other=0))
+    return begin // TILE, tl.where(num_rows == 1, tl.cdiv(seq_len, TILE) - begin // TILE, -1), begin
 
 # %% ../../nbs/11b_decode_kernel.ipynb #9b5a0cb9
 @triton.jit(do_not_specialize=["num_seqs", "num_items", "num_places", "window"])
 def plan_kernel(
-    query_start_loc, seq_lens, table_start, items, num_seqs, num_items, num_places, window,
-    TILE: tl.constexpr, MIN_TILES: tl.constexpr, SEQS: tl.constexpr, ITEMS: tl.constexpr,
+    query_start_loc, seq_lens, table_start, prefixes, items, num_seqs, num_items, num_places, window,
+    TILE: tl.constexpr, MIN_TILES: tl.constexpr, SEQS: tl.constexpr, ITEMS: tl.constexpr, HAS_PREFIXES: tl.constexpr,
 ):  # fmt: skip
     """Divide the sequences into parts of equal length, and describe each in an item."""
     num_tiles = 0
     for start in range(0, num_seqs, SEQS):
-        _, tiles = extent(start + tl.arange(0, SEQS), num_seqs, query_start_loc, seq_lens, window, TILE)
+        _, tiles, _ = extent(start + tl.arange(0, SEQS), num_seqs, query_start_loc, seq_lens, prefixes, window, TILE, HAS_PREFIXES)
         num_tiles += tl.sum(tl.maximum(tiles, 0))
     part_tiles = tl.maximum(tl.cdiv(num_tiles, num_places), MIN_TILES)
 
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     seq, num_before, num_used = tl.zeros([ITEMS], tl.int32), tl.zeros([ITEMS], tl.int32), 0
     for start in range(0, num_seqs, SEQS):
-        _, tiles = extent(start + tl.arange(0, SEQS), num_seqs, query_start_loc, seq_lens, window, TILE)
+        _, tiles, _ = extent(start + tl.arange(0, SEQS), num_seqs, query_start_loc, seq_lens, prefixes, window, TILE, HAS_PREFIXES)
         parts = tl.where(tiles >= 0, tl.maximum(tl.cdiv(tiles, part_tiles), 1), 0)
         passed = (num_used + tl.cumsum(parts, 0))[None, :] <= item[:, None]
         seq += tl.sum(passed.to(tl.int32), 1)
@@ -70,16 +72,22 @@ def plan_kernel(
         num_used += tl.sum(parts)
 
     used = item < num_used
-    first, tiles = extent(seq, num_seqs, query_start_loc, seq_lens, window, TILE)
+    first, tiles, first_token = extent(seq, num_seqs, query_start_loc, seq_lens, prefixes, window, TILE, HAS_PREFIXES)
     seq_len = tl.load(seq_lens + seq, mask=used, other=0)
     begin = (first + (item - num_before) * part_tiles) * TILE
     fields, inside = items + item * FIELDS, item < num_items
     tl.store(fields, tl.where(used, tl.load(query_start_loc + seq, mask=used, other=0), -1), mask=inside)
     tl.store(fields + 1, tl.load(table_start + seq, mask=used, other=0), mask=inside)
-    tl.store(fields + 2, tl.maximum(begin, seq_len - window), mask=inside)
+    tl.store(fields + 2, tl.maximum(begin, first_token), mask=inside)
     tl.store(fields + 3, tl.minimum(begin + part_tiles * TILE, seq_len), mask=inside)
     tl.store(fields + 4, item - num_before, mask=inside)
-    tl.store(fields + 5, tl.maximum(tl.cdiv(tiles, part_tiles), 1), mask=inside)
+    parts = tl.maximum(tl.cdiv(tiles, part_tiles), 1)
+    if HAS_PREFIXES:
+        num_before = tl.load(prefixes + seq * 3 + 2, mask=used, other=0)
+        parts += num_before
+        tl.store(fields + 6, tl.load(prefixes + seq * 3 + 1, mask=used, other=0), mask=inside)
+        tl.store(fields + 7, num_before, mask=inside)
+    tl.store(fields + 5, parts, mask=inside)
 
 # %% ../../nbs/11b_decode_kernel.ipynb #0abc4467
 class DecodeConfig(NamedTuple):
@@ -108,10 +116,12 @@ def plan_launch(
     places: int,  # programs that the device holds at once, divided by KV heads
     config: DecodeConfig,
     sliding_window: int | None = None,
+    prefixes: Tensor | None = None,  # [S, 3] int32: what is read for each sequence by others (chapter 11c2); None = nothing
 ) -> Launch:
     """Plan a step for all layers with this window."""
-    window = NO_WINDOW if sliding_window is None else sliding_window
-    args = (query_start_loc, seq_lens, table_start, items, len(seq_lens), len(items), places, window, config.tile, 1, 128, 32)
+    window, has_prefixes = NO_WINDOW if sliding_window is None else sliding_window, prefixes is not None
+    step = query_start_loc, seq_lens, table_start, prefixes if has_prefixes else items
+    args = (*step, items, len(seq_lens), len(items), places, window, config.tile, 1, 128, 32, has_prefixes)
     return Launch(plan_kernel, (triton.cdiv(len(items), 32),), args, {"num_warps": 4})
 
 # %% ../../nbs/11b_decode_kernel.ipynb #d47350ee
@@ -190,18 +200,21 @@ def attend_span(
 # %% ../../nbs/11b_decode_kernel.ipynb #50cd6f97
 @triton.jit
 def merge_parts(
-    partial_out, partial_stats, out, sinks, first_item, num_parts, first_head, m, num_heads, row_offset, out_head_stride,
+    partial_out, partial_stats, out, sinks, first_item, num_parts, fields, num_before, first_head, m, num_heads, row_offset, out_head_stride,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the parts of some heads of a sequence, `PARTS` at a time, in their order."""
+    """Combine the parts of some heads of a sequence, `PARTS` at a time, in their order; `num_before` parts of its prefix come first."""
     e, heads = tl.arange(0, VALUE_PADDED)[None, None, :], first_head + m
     best, total = tl.full([ROWS], FLOOR, tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     for start in range(0, num_parts, PARTS):
         parts = start + tl.arange(0, PARTS)
         here = (parts[:, None] < num_parts) & (m[None, :] < GROUP)
-        place = (first_item + parts).to(tl.int64)[:, None] * num_heads + heads[None, :]
+        places = first_item + parts
+        if HAS_PREFIXES:
+            places = tl.where(parts < num_before, tl.load(fields + 6) + parts, places - num_before)
+        place = places.to(tl.int64)[:, None] * num_heads + heads[None, :]
         part_best = tl.load(partial_stats + place * 2, mask=here, other=HIDDEN, cache_modifier=".cg")
         part_total = tl.load(partial_stats + place * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
         part_acc = tl.load(partial_out + place[:, :, None] * VALUE_DIM + e, mask=here[:, :, None] & (e < VALUE_DIM), other=0.0, cache_modifier=".cg")
@@ -220,7 +233,7 @@ def decode_kernel(
     GROUP: tl.constexpr, GROUP_TILES: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr,
-    MERGE_PARTS: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr, MERGE_PARTS: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (h, i) computes item i for the query heads of KV head h."""
     item = tl.program_id(1)
@@ -255,11 +268,13 @@ def decode_kernel(
             tl.store(partial_stats + place * 2, best, mask=m < GROUP)
             tl.store(partial_stats + place * 2 + 1, total, mask=m < GROUP)
             tl.debug_barrier()
+            num_before = tl.load(fields + 7) if HAS_PREFIXES else 0
             counter = arrivals + (item - part) * tl.num_programs(0) + tl.program_id(0)
-            if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+            if tl.atomic_add(counter, 1, sem="acq_rel") + num_before == num_parts - 1:
                 tl.store(counter, 0)
-                merge_parts(partial_out, partial_stats, out, sinks, item - part, num_parts, kv_head * GROUP, first_row + tl.arange(0, MERGE_ROWS),
-                            num_heads, row_offset, out_head_stride, GROUP, VALUE_DIM, VALUE_PADDED, HAS_SINKS, MERGE_PARTS, MERGE_ROWS)  # fmt: skip
+                merge_parts(partial_out, partial_stats, out, sinks, item - part, num_parts, fields, num_before,
+                            kv_head * GROUP, first_row + tl.arange(0, MERGE_ROWS), num_heads, row_offset, out_head_stride,
+                            GROUP, VALUE_DIM, VALUE_PADDED, HAS_SINKS, HAS_PREFIXES, MERGE_PARTS, MERGE_ROWS)  # fmt: skip
 
 # %% ../../nbs/11b_decode_kernel.ipynb #ffd5e833
 class DecodeScratch(NamedTuple):
@@ -333,6 +348,7 @@ def decode_launch(
     sinks: Tensor | None = None,  # [Hq]
     key_scales: Tensor | None = None,  # [Hkv] float32
     value_scales: Tensor | None = None,  # [Hkv] float32
+    has_prefixes: bool = False,  # was the plan given prefixes? Then their parts are in the scratch already (chapter 11c2)
 ) -> Launch:
     """Attention of one layer for the rows in `items`. Nothing is checked; the window is in the plan."""
     num_kv_heads, block_size, key_dim = key_cache.shape[1:]
@@ -346,7 +362,8 @@ def decode_launch(
         key_scales if has_scales else absent, value_scales if has_scales else absent, num_heads, float(scale), float(softcap or 0),
         *query.stride()[:2], *out.stride()[:2], *key_cache.stride()[:2], *value_cache.stride()[:2],
         group, triton.cdiv(group, 16), key_dim, key_padded, value_dim, value_padded, block_size, config.num_slices, config.slice_tokens, 16,
-        softcap is not None, sinks is not None, has_scales, config.precision, max(1, min(16, 8192 // (merge_rows * value_padded))), merge_rows,
+        softcap is not None, sinks is not None, has_scales, config.precision, has_prefixes,
+        max(1, min(16, 8192 // (merge_rows * value_padded))), merge_rows,
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | ({"maxnreg": config.maxnreg} if config.maxnreg else {})
     return Launch(decode_kernel, (num_kv_heads * triton.cdiv(group, 16), len(items)), args, options)

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from .cache_write import CopyTargets, Launch, copy_blocks_launch, write_kv_launch
+from .cascade import PrefixPlan, group_launches, prefix_config, prefix_launch, prefix_plan_launch
 from .decode import DecodeScratch, decode_config, decode_launch, plan_launch
 from .extend import extend_config, extend_launch, extend_plan_launch
 
@@ -31,7 +32,8 @@ from .extend import extend_config, extend_launch, extend_plan_launch
 # %% auto #0
 __all__ = ['SPILL', 'MATRIX', 'E4M3', 'SHIPPED', 'SHARED_LIMIT', 'FEW_SPILLS', 'StandIn', 'pretend', 'compile_for', 'Facts',
            'tool', 'innermost_loop', 'facts_of', 'Case', 'decode_case', 'extend_case', 'write_case', 'copy_case',
-           'plan_case', 'extend_plan_case', 'Row', 'report', 'problems', 'table_of']
+           'plan_case', 'extend_plan_case', 'prefix_case', 'group_case', 'prefix_plan_case', 'Row', 'report',
+           'problems', 'table_of']
 
 # %% ../../nbs/11d_compile_gate.ipynb #00d1042e
 class StandIn:
@@ -160,7 +162,7 @@ class Case(NamedTuple):
         return self.tensor(32, 8 * self.group, self.head_dim)
 
 # %% ../../nbs/11d_compile_gate.ipynb #478f4e27
-def decode_case(case: Case, with_options: bool = False) -> Callable[[int], Launch]:
+def decode_case(case: Case, with_options: bool = False, has_prefixes: bool = False) -> Callable[[int], Launch]:
     """The decode kernel over such a layer, with the default configuration."""
 
     def build(capability: int) -> Launch:
@@ -169,7 +171,7 @@ def decode_case(case: Case, with_options: bool = False) -> Callable[[int], Launc
         out, tables = case.tensor(32, num_heads, cache[1].shape[3]), case.tensor(9999, dtype=torch.int32)
         scratch = DecodeScratch.empty(80, num_heads, cache[1].shape[3], "meta")
         options: dict[str, Any] = {"softcap": 30.0, "sinks": case.tensor(num_heads)} if with_options else {"softcap": None, "sinks": None}
-        options |= dict(zip(("key_scales", "value_scales"), case.scales()))
+        options |= dict(zip(("key_scales", "value_scales"), case.scales())) | {"has_prefixes": has_prefixes}
         return decode_launch(query, *cache, out, tables, case.tensor(80, 8, dtype=torch.int32), scratch, config, 0.1, **options)
 
     return build
@@ -212,6 +214,32 @@ def extend_plan_case(capability: int) -> Launch:
     lengths, config = torch.empty(256, dtype=torch.int32, device="meta"), extend_config(Case().query(), *Case().cache())
     return extend_plan_launch(torch.empty(320, 8, dtype=torch.int32, device="meta"), lengths, lengths, lengths, 4, config)
 
+# %% ../../nbs/11d_compile_gate.ipynb #5ab0c2df
+def prefix_case(case: Case, softcap: float | None = None) -> Callable[[int], Launch]:
+    """The kernel for shared prefixes over such a layer, with the default configuration."""
+
+    def build(capability: int) -> Launch:
+        query, cache = case.query(), case.cache()
+        plan = PrefixPlan.empty(32, 16, prefix_config(query, *cache, native_e4m3=capability >= 89), "meta")
+        scratch = DecodeScratch.empty(80 + plan.max_partials(case.group), query.shape[1], cache[1].shape[3], "meta")
+        tables, rows = case.tensor(9999, dtype=torch.int32), case.tensor(33, dtype=torch.int32)
+        return prefix_launch(query, *cache, tables, rows, plan, scratch, 0.1, softcap, *case.scales())
+
+    return build
+
+
+def group_case(which: int) -> Callable[[int], Launch]:
+    """The two kernels that find the groups of 256 sequences."""
+    lengths, groups = torch.empty(257, dtype=torch.int32, device="meta"), torch.empty(256, 8, dtype=torch.int32, device="meta")
+    return lambda capability: group_launches(groups, lengths, lengths[1:], lengths, lengths, 16)[which]
+
+
+def prefix_plan_case(capability: int) -> Launch:
+    """The plan for shared prefixes of 256 sequences."""
+    plan = PrefixPlan.empty(256, 16, prefix_config(Case().query(), *Case().cache()), "meta")
+    groups, lengths = torch.empty(256, 8, dtype=torch.int32, device="meta"), torch.empty(257, dtype=torch.int32, device="meta")
+    return prefix_plan_launch(plan, groups, lengths, 16, 4, 305)
+
 # %% ../../nbs/11d_compile_gate.ipynb #4f01c3a9
 E4M3 = torch.float8_e4m3fn
 SHIPPED: dict[str, Callable[[int], Launch]] = {
@@ -230,6 +258,15 @@ SHIPPED: dict[str, Callable[[int], Launch]] = {
     "decode e4m3 d256": decode_case(Case(256, cache_dtype=E4M3)),
     "decode fp32 d64": decode_case(Case(64, torch.float32)),
     "decode fp32 d128": decode_case(Case(dtype=torch.float32)),
+    "plan depths": group_case(0),
+    "plan groups": group_case(1),
+    "plan prefixes": prefix_plan_case,
+    "decode bf16 d128 prefixes": decode_case(Case(), has_prefixes=True),
+    "prefix bf16 d128": prefix_case(Case()),
+    "prefix bf16 d128 b64 g8 softcap": prefix_case(Case(block_size=64, group=8), softcap=30.0),
+    "prefix bf16 d256": prefix_case(Case(256)),
+    "prefix e4m3 d128": prefix_case(Case(cache_dtype=E4M3)),
+    "prefix fp32 d128": prefix_case(Case(dtype=torch.float32)),
     "extend plan": extend_plan_case,
     "extend bf16 d64": extend_case(Case(64)),
     "extend bf16 d128": extend_case(Case()),
@@ -271,7 +308,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
             f"{facts.spills} spills": facts.spills > FEW_SPILLS,
             f"{facts.shared} bytes of shared memory, limit {SHARED_LIMIT[capability]}": facts.shared > SHARED_LIMIT[capability],
             "no load of 16 bytes": facts.wide_loads == 0 and "plan" not in name,
-            "no tensor cores": facts.tensor_core == 0 and re.search(r"(decode|extend) (bf16|fp16|e4m3)", name) is not None,
+            "no tensor cores": facts.tensor_core == 0 and re.search(r"(decode|prefix|extend) (bf16|fp16|e4m3)", name) is not None,
         }
         found += [f"{name} on sm_{capability}: {rule}" for rule, is_broken in rules.items() if is_broken]
     return found

@@ -210,4 +210,4 @@ def test_measured_configurations_are_found_by_device_name(tmp_path, monkeypatch)
 def test_shipped_configurations_name_fields_that_exist():
     for path in (Path(decode.__file__).parent / "configs").glob("*.json"):
         for name, fields in json.loads(path.read_text()).items():
-            {"decode": DecodeConfig, "extend": ExtendConfig}[name.split()[0]]()._replace(**fields)
+            {"decode": DecodeConfig, "extend": ExtendConfig, "prefix": ExtendConfig}[name.split()[0]]()._replace(**fields)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_steps import CONFIG, check_decode, check_extend, make_step, run_decode, written
+from kernel_steps import CONFIG, check_decode, check_extend, check_shared, make_step, run_decode, share, written
 
 import pagedlit.kernels
 from pagedlit.compute.kv_cache import write_kv as write_by_torch
@@ -23,14 +23,15 @@ numbers = itertools.count()
 SINKS = torch.linspace(-2, 3, 4)
 
 
-def mutant(folder: Path, module: str, old: str, new: str) -> ModuleType:
-    """The package of kernels under another name, with one place of one module changed; the place must exist once."""
+def mutant(folder: Path, module: str, old: str, new: str, load: str = "") -> ModuleType:
+    """The package of kernels under another name, with one place of one module changed (it must exist once): that module, or `load`."""
     text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{text.count(old)} times in {module}.py: {old}"
     name = f"mutant_{next(numbers)}"
     shutil.copytree(SOURCE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / name / f"{module}.py").write_text(text.replace(old, new), encoding="utf-8")
-    for part in ("", f".{module}"):
+    load = load or module
+    for part in ("", f".{load}"):
         where = folder / name / (f"{part[1:]}.py" if part else "__init__.py")
         spec = importlib.util.spec_from_file_location(name + part, where)
         assert spec and spec.loader
@@ -40,7 +41,7 @@ def mutant(folder: Path, module: str, old: str, new: str) -> ModuleType:
             spec.loader.exec_module(sys.modules[name + part])
         finally:
             sys.path.remove(str(folder))
-    return sys.modules[f"{name}.{module}"]
+    return sys.modules[f"{name}.{load}"]
 
 
 def decode_net(module: ModuleType) -> None:
@@ -52,6 +53,19 @@ def decode_net(module: ModuleType) -> None:
     empty = make_step([(0, 1), (20, 1)], 16, heads=(2, 1), dims=(16, 16))
     empty.metadata.seq_lens = torch.tensor([0, 21], dtype=torch.int32)
     assert (run_decode(empty, written(empty), 1, CONFIG, module)[0] == 0).all()
+
+
+def shared_net(module: ModuleType) -> None:
+    """Two that share a block which one has not filled; three in two tiles of two, in two parts, and a prefill with the same blocks; a window."""
+    for options, shared in (
+        ({"softcap": 2.0, "sinks": torch.linspace(-1, 4, 10), "scale": 0.7}, [32, 32, 96, 96, 0, 96]),
+        ({"sliding_window": 130, "min_saved": 33}, [0] * 6),
+    ):
+        step = make_step([(63, 1), (39, 1), (118, 1), (130, 1), (100, 3), (120, 1)], 16, heads=(10, 2), dims=(24, 16))
+        share(step, 0, [1], 3)
+        share(step, 2, [5], 7)
+        share(step, 2, [3, 4], 6)
+        check_shared(step, shared, places=7, prefix_places=4, module=module, **options)
 
 
 def extend_net(module: ModuleType) -> None:
@@ -82,7 +96,7 @@ MISTAKES = {  # what goes wrong: the module, the text, what it becomes
     "logits are not masked": ("decode", "tl.where(tl.permute(seen, (0, 2, 1)), bend(logits * scale, softcap, HAS_SOFTCAP), HIDDEN)", "bend(logits * scale, softcap, HAS_SOFTCAP)"),
     "a token too many": ("decode", "(end - begin).to(tl.uint32)", "(end - begin + 1).to(tl.uint32)"),
     "a token too few": ("decode", "tl.minimum(begin + part_tiles * TILE, seq_len)", "tl.minimum(begin + part_tiles * TILE, seq_len - 1)"),
-    "the window is one too wide": ("decode", "tl.maximum(begin, seq_len - window)", "tl.maximum(begin, seq_len - window - 1)"),
+    "the window is one too wide": ("decode", "tl.maximum(seq_len - window, 0)", "tl.maximum(seq_len - window - 1, 0)"),
     "the scale is forgotten": ("decode", "bend(logits * scale,", "bend(logits,"),
     "exp2 of natural logits": ("decode", "return logits * LOG2E", "return logits"),
     "the softcap is dropped": ("decode", "if HAS_SOFTCAP:", "if False:"),
@@ -102,6 +116,28 @@ MISTAKES = {  # what goes wrong: the module, the text, what it becomes
     "the sink of another head": ("decode", "tl.load(sinks + heads,", "tl.load(sinks + heads * 0,"),
     "an item for a sequence that prefills": ("decode", "num_rows == 1, tl.cdiv", "num_rows >= 1, tl.cdiv"),
     "empty sequences have no item": ("decode", "tl.maximum(tl.cdiv(tiles, part_tiles), 1), 0)", "tl.cdiv(tiles, part_tiles), 0)"),
+    "shared: own tokens begin at the first": ("decode", "begin = tl.maximum(begin, tl.load(prefixes + seqs * 3,", "begin = tl.maximum(begin, 0 * tl.load(prefixes + seqs * 3,"),
+    "shared: a sequence with one part does not merge": ("decode", "parts += num_before", "parts += tl.where(parts == 1, 0, num_before)"),
+    "shared: parts of the prefix are left out": ("decode", "item - part, num_parts, fields, num_before,", "item - part, num_parts - num_before, fields, 0,"),
+    "shared: the prefix is merged from own places": ("decode", "tl.load(fields + 6) + parts", "first_item + parts"),
+    "shared: a prefill joins a group": ("cascade", "here = (num_rows == 1) &", "here = (num_rows >= 1) &"),
+    "shared: the deepest is taken": ("cascade", "depth - depth / tl.maximum(num_same, 1).to(tl.float32)", "depth.to(tl.float32)"),
+    "shared: tables are not compared": ("cascade", "tl.min(tl.where(differ, column, num_blocks), 0)", "num_blocks"),
+    "shared: a block that is not full": ("cascade", "tl.load(seq_lens + leader)) // BLOCK_SIZE", "tl.load(seq_lens + leader)) // BLOCK_SIZE + 1"),
+    "shared: one member speaks for all": ("cascade", "tl.atomic_min(groups", "tl.atomic_xchg(groups"),
+    "shared: the shortest decides on the window": ("cascade", "tl.atomic_max(groups", "tl.atomic_min(groups"),
+    "shared: the window is one too wide": ("cascade", "longest <= window", "longest - 1 <= window"),
+    "shared: two members have one rank": ("cascade", "same & (others < seq)", "same & (others < seq - 1)"),
+    "shared: every part begins at the first token": ("cascade", "part * part_tiles * TILE", "part * 0"),
+    "shared: a part runs into the next": ("cascade", "tl.minimum(begin + part_tiles * TILE, num_tokens)", "num_tokens"),
+    "shared: every tile has the first members": ("cascade", "tl.where(used, listed + done, -1)", "tl.where(used, listed, -1)"),
+    "shared: two members have one place": ("cascade", "its_place + rank * parts", "its_place + rank"),
+    "shared: two groups have one place": ("cascade", "first_place + its_place +", "first_place +"),
+    "shared: two groups have one list": ("cascade", "members + its_list + rank", "members + rank"),
+    "shared: two parts have one place": ("cascade", "other=0) + tl.load(fields + 4)", "other=0)"),
+    "shared: a program takes one item": ("cascade", "tl.load(items + 6), tl.num_programs(1)):", "tl.load(items + 6), 99):"),
+    "shared: rows beyond the members are stored": ("cascade", "(r // GROUP_PADDED < tl.load(fields + 5)) &", ""),
+    "shared: nobody asks whether it pays": ("cascade", "num_saved >= min_saved", "num_saved >= 0"),
     "extend: the future is seen": ("extend", "(distance >= 0) &", "(distance >= -1) &"),
     "extend: a token does not see itself": ("extend", "(distance >= 0) &", "(distance >= 1) &"),
     "extend: the window is one too wide": ("extend", "(distance < window)", "(distance <= window)"),
@@ -125,7 +161,7 @@ MISTAKES = {  # what goes wrong: the module, the text, what it becomes
     "copies run in the order given": ("cache_write", "moves = torch.tensor(ordered_moves(copies)", "moves = torch.tensor(copies"),
     "the scratch is lost": ("cache_write", "tl.where(dst >= 0, scratch, data)", "scratch"),
 }
-NETS = {"decode": decode_net, "extend": extend_net, "cache_write": write_net}
+NETS = {"decode": decode_net, "extend": extend_net, "cache_write": write_net, "cascade": shared_net}
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -135,6 +171,7 @@ def test_without_a_mistake_the_run_passes(net, tmp_path):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_caught(mistake, tmp_path):
-    module = mutant(tmp_path, *MISTAKES[mistake])
+    net = "cascade" if mistake.startswith("shared:") else MISTAKES[mistake][0]
+    module = mutant(tmp_path, *MISTAKES[mistake], net)
     with pytest.raises(AssertionError):
-        NETS[MISTAKES[mistake][0]](module)
+        NETS[net](module)

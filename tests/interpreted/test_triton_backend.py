@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import CHUNKS, DECODES, OPTIONS, make_step
+from test_attention import CHUNKS, DECODES, OPTIONS, make_step, share
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import pagedlit.compute.triton_backend  # noqa: F401  registers it
+from pagedlit.compute import attention, triton_backend
 from pagedlit.compute.attention import forward_context, get_backend, paged_attention
 from pagedlit.compute.kv_cache import write_kv
+from pagedlit.compute.triton_backend import StepPlan, plan_prefixes
+from pagedlit.kernels import cascade
+from pagedlit.llm import LLM
+from pagedlit.serving.sequence import SamplingParams
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -63,3 +68,43 @@ def test_op_passes_opcheck_and_compiles_into_one_graph():
         compiled = torch.compile(lambda *a: paged_attention(*a) * 2, fullgraph=True, backend="eager")
         out = compiled(*arguments)
     torch.testing.assert_close(out.double(), 2 * step.expected(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 400, "softcap": 2.0, "sinks": torch.linspace(-2, 3, 4)}, {"sliding_window": 50}], ids=str)
+def test_shared_prefixes(options, monkeypatch):
+    """Decodes and a prefill with the same blocks, through the op's backend: planned when the metadata says that there may be some."""
+    monkeypatch.setattr(cascade, "LAUNCH_BYTES", 0)
+    step = make_step([(300, 1), (270, 1), (20, 1), (280, 3), (330, 1)], 16, dims=(12, 8))
+    share(step, 0, [1, 3, 4], 16)
+    step.metadata.num_sharers = 2
+    torch.testing.assert_close(step.run("triton", **options).double(), step.expected(**options), rtol=2e-5, atol=2e-5)
+    (plan,) = (plan for plan in step.metadata.plans.values() if isinstance(plan, StepPlan))
+    assert plan.prefix.prefixes[:, 0].tolist() == ([0] * 5 if options.get("sliding_window") == 50 else [256, 256, 0, 0, 256])
+
+
+def test_heads_that_fill_no_tile_are_not_grouped():
+    step = make_step([(300, 1), (270, 1)], 16, heads=(64, 1), dims=(8, 8))
+    share(step, 0, [1], 16)
+    step.metadata.num_sharers = 1
+    torch.testing.assert_close(step.run("triton").double(), step.expected(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_tokens_of_answers_to_one_prompt(backend, monkeypatch):
+    """From the scheduler to the sampler: sequences that share cached blocks are grouped, and say the same as with the reference."""
+    groups = []
+    monkeypatch.setattr(cascade, "LAUNCH_BYTES", 0), monkeypatch.setattr(triton_backend, "SHARED_LEN", 16), monkeypatch.setattr(attention, "SHARED_LEN", 16)
+    monkeypatch.setattr(triton_backend, "plan_prefixes", lambda *a: groups.append(plan_prefixes(*a)) or groups[-1])
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=128, initializer_range=0.3)).eval()
+    llm = LLM(model, block_size=8, num_blocks=40, attention_backend=backend)
+    prefix = [int(token) for token in torch.randint(3, 97, (37,))]
+    llm.generate(prefix, SamplingParams(max_tokens=1))
+    got = llm.generate([[*prefix, 5], [*prefix, 6, 7], [8, 9]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    answers = [output.outputs[0].token_ids for output in got]
+    expected = [model.generate(torch.tensor([[*prompt]]), max_new_tokens=4, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist()
+                for prompt in ([*prefix, 5], [*prefix, 6, 7], [8, 9])]  # fmt: skip
+    assert answers == expected
+    if backend == "triton":
+        assert [plan.prefixes[:, 0].tolist() for plan in groups if plan][-1] == [32, 32, 0]
