@@ -43,12 +43,12 @@ def test_options(name):
     check_shared(shared_step(dtype=torch.float16 if name in ("plain", "all") else torch.float32), shared, **options)
 
 
-@pytest.mark.parametrize(("places", "prefix_places"), [(1, 1), (30, 30), (5, 2)])
+@pytest.mark.parametrize(("places", "prefix_places"), [(1, 1), (30, 30)])
 def test_places(places, prefix_places):
     check_shared(shared_step(), SHARED, places=places, prefix_places=prefix_places)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 12, 32, 64])
+@pytest.mark.parametrize("block_size", [1, 12, 64])
 def test_block_sizes(block_size):
     """A prefix ends at a whole block, and what is read together at a whole tile before it."""
     shared = [n // 16 * 16 for n in (64 // block_size * block_size, max(1, 32 // block_size) * block_size)]
@@ -59,12 +59,12 @@ def test_block_sizes(block_size):
     check_shared(step, want, sinks=SINKS[:4])
 
 
-@pytest.mark.parametrize(("group", "rows"), [(1, 16), (3, 16), (7, 32), (16, 16), (20, 32)])
+@pytest.mark.parametrize(("group", "rows"), [(1, 16), (7, 32), (20, 32)])
 def test_groups_of_heads(group, rows):
     check_shared(shared_step(heads=(2 * group, 2)), SHARED, prefix_config=ExtendConfig(rows=rows, tile=16), sinks=torch.linspace(-2, 2, 2 * group))
 
 
-@pytest.mark.parametrize("dims", [(80, 80), (128, 128), (256, 256), (192, 128), (5, 7)], ids=str)
+@pytest.mark.parametrize("dims", [(80, 80), (256, 256), (192, 128), (5, 7)], ids=str)
 def test_head_dims(dims):
     check_shared(shared_step(dims=dims), SHARED, scale=dims[0] ** -0.5)
 
@@ -172,7 +172,7 @@ def plan_of(tables: torch.Tensor, seq_lens: torch.Tensor, places: int, config: E
     return plan
 
 
-@pytest.mark.parametrize(("num_seqs", "places"), [(2, 7), (40, 1), (40, 100), (300, 7)])
+@pytest.mark.parametrize(("num_seqs", "places"), [(2, 7), (40, 1), (40, 100), (200, 7)])
 def test_plan_covers_every_prefix_once(num_seqs, places):
     """Each member of a group gets every shared token once; places are distinct and within the room that was asked for."""
     random, config = torch.Generator().manual_seed(num_seqs), ExtendConfig(rows=16, tile=64)
