@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .c
 NB     ?= $(wildcard nbs/*.ipynb)
 INPUTS := settings.ini setup.py pyproject.toml .ci/constraints.txt
 
-.PHONY: demo test lint sync notebooks readme docs clean help
+.PHONY: demo test lint sync notebooks readme docs hub tritons gpu clean help
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1	/'
@@ -38,8 +38,20 @@ docs: $(VENV)/.installed-dev  ## render the site into _docs (needs Quarto)
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_docs
 	$(BIN)/python .ci/readme.py
 
+hub: $(VENV)/.installed-dev  ## build the Kernel Hub project into kernels/build
+	$(BIN)/python .ci/hub.py
+
+TRITONS ?= 3.6.0 3.9.0
+tritons: $(VENV)/.installed-dev  ## run the compile gate with other versions of Triton (downloads each, about 180 MB)
+	for version in $(TRITONS); do test -d .triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target .triton-$$version triton==$$version || exit 1; done
+	test -d .triton-3.6.0/numpy || ! test -d .triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .triton-3.6.0 'numpy<2.4'
+	$(BIN)/python -m pytest -q tests/test_triton_versions.py
+
+gpu:  ## on a machine with a GPU, with the Python that has torch: test the kernels, measure them, keep the numbers (.ci/gpu says how)
+	.ci/gpu all
+
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist _docs _proc *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	rm -rf build dist _docs _proc kernels/build .triton-* *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	find nbs pagedlit tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
 

@@ -17,7 +17,7 @@ import pytest
 import pagedlit
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCE = shutil.ignore_patterns(".*cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "_proc", "_docs")
+NOT_SOURCE = shutil.ignore_patterns(".*cache", ".git", ".triton-*", ".whl", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "_proc", "_docs")
 
 
 def clean_environment() -> dict[str, str]:

@@ -227,10 +227,10 @@ def copy_blocks_kernel(
     scratch = tl.zeros([WORDS], WORD)
     for move in tl.range(num_moves, num_stages=1):
         src, dst = tl.load(moves + 3 * move).to(tl.int64), tl.load(moves + 3 * move + 1).to(tl.int64)
-        used = offsets < tl.load(moves + 3 * move + 2)
-        data = tl.load(base + src * BLOCK_WORDS + words, mask=used & (src >= 0), other=0)
+        num_tokens = tl.load(moves + 3 * move + 2)
+        data = tl.load(base + src * BLOCK_WORDS + words, mask=offsets < tl.where(src >= 0, num_tokens, 0), other=0)
         data = tl.where(src >= 0, data, scratch)
-        tl.store(base + dst * BLOCK_WORDS + words, data, mask=used & (dst >= 0))
+        tl.store(base + dst * BLOCK_WORDS + words, data, mask=offsets < tl.where(dst >= 0, num_tokens, 0))
         scratch = tl.where(dst >= 0, scratch, data)
         tl.debug_barrier()
 

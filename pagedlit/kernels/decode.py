@@ -24,10 +24,10 @@ from .cache_write import FLOATS, Launch, check_cache, check_scales, require, tun
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,import-untyped"
 
 # %% auto #0
-__all__ = ['LOG2E', 'HIDDEN', 'FLOOR', 'FIELDS', 'NO_WINDOW', 'extent', 'plan_kernel', 'DecodeConfig', 'plan_launch', 'bend',
-           'in_dtype', 'store_result', 'attend_span', 'merge_parts', 'decode_kernel', 'DecodeScratch', 'padded_dim',
-           'converts_e4m3', 'situation', 'decode_config', 'default_decode_config', 'num_places', 'decode_launch',
-           'check_query', 'check_tables', 'paged_decode']
+__all__ = ['LOG2E', 'HIDDEN', 'FLOOR', 'FIELDS', 'NO_WINDOW', 'SINCE_3_8', 'extent', 'plan_kernel', 'DecodeConfig', 'plan_launch',
+           'bend', 'in_dtype', 'store_result', 'attend_span', 'merge_parts', 'decode_kernel', 'DecodeScratch',
+           'padded_dim', 'converts_e4m3', 'situation', 'decode_config', 'default_decode_config', 'num_places',
+           'decode_launch', 'check_query', 'check_tables', 'paged_decode']
 
 # %% ../../nbs/11b_decode_kernel.ipynb #f9984013
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -306,6 +306,9 @@ def situation(kernel: str, query: Tensor, key_cache: Tensor, dim: int) -> str:
     return f"{kernel} {query.dtype} {key_cache.dtype} {dim}".replace("torch.", "")
 
 
+SINCE_3_8 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # its assembler spills where registers are capped
+
+
 def decode_config(query: Tensor, key_cache: Tensor, value_cache: Tensor, native_e4m3: bool | None = None) -> DecodeConfig:
     """What was measured for tensors like these on their device, or the defaults; `native_e4m3=None` asks the device."""
     dim = max(key_cache.shape[3], value_cache.shape[3])
@@ -319,12 +322,15 @@ def default_decode_config(query: Tensor, key_cache: Tensor, dim: int, native_e4m
     if query.dtype == torch.float32:
         return config._replace(num_slices=1, num_warps=8, num_stages=2, precision="ieee", programs_per_sm=1)
     if dim > 128 and one_byte:
-        return config._replace(num_slices=2, num_warps=2 if native_e4m3 else 8, programs_per_sm=4 if native_e4m3 else 1)
+        num_warps = 8 if not native_e4m3 else 4 if SINCE_3_8 else 2
+        return config._replace(num_slices=2, num_warps=num_warps, programs_per_sm=8 // num_warps)
     if dim > 128:
-        return config._replace(num_warps=8, programs_per_sm=1)
+        return config._replace(num_slices=4 if native_e4m3 else 2, num_warps=8, programs_per_sm=1)
     if dim <= 64 or one_byte:
         return config._replace(programs_per_sm=4 if dim <= 64 else 2)
     is_plain = dim == 128 and key_cache.shape[2] % config.slice_tokens == 0
+    if is_plain and SINCE_3_8:
+        return config._replace(programs_per_sm=2)
     return config._replace(maxnreg=168) if is_plain else config._replace(maxnreg=248, programs_per_sm=2)
 
 

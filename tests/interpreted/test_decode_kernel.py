@@ -11,7 +11,7 @@ from kernel_steps import CONFIG, TOLERANCE, check_decode, decoding_rows, make_st
 
 from pagedlit.compute.attention import padded_block_tables
 from pagedlit.kernels import cache_write, decode
-from pagedlit.kernels.decode import DecodeConfig, decode_config, num_places, paged_decode, plan_launch, situation
+from pagedlit.kernels.decode import SINCE_3_8, DecodeConfig, decode_config, num_places, paged_decode, plan_launch, situation
 from pagedlit.kernels.extend import ExtendConfig
 from pagedlit.kernels.report import report
 
@@ -184,7 +184,7 @@ def test_defaults():
     meta = {"device": "meta"}
     cache = torch.empty(1, 2, 16, 128, **meta)
     assert decode_config(torch.empty(1, 2, 128, **meta), cache, cache).num_slices == 1
-    assert decode_config(torch.empty(1, 2, 128, dtype=torch.float16, **meta), cache, cache) == DecodeConfig(maxnreg=168)
+    assert decode_config(torch.empty(1, 2, 128, dtype=torch.float16, **meta), cache, cache) == (DecodeConfig(programs_per_sm=2) if SINCE_3_8 else DecodeConfig(maxnreg=168))
     assert num_places(torch.device("cpu"), 8, CONFIG) == 12
 
 
@@ -202,7 +202,7 @@ def test_measured_configurations_are_found_by_device_name(tmp_path, monkeypatch)
     cache_write.tuned_table.cache_clear()
     assert cache_write.tuned_table("NVIDIA H100 80GB HBM3")["decode bfloat16 bfloat16 128"] == {"num_stages": 4}
     monkeypatch.setattr(decode, "tuned", lambda device, name: cache_write.tuned_table("NVIDIA H100 80GB HBM3").get(name, {}))
-    assert decode_config(query, cache, cache) == DecodeConfig(num_stages=4, maxnreg=168)
+    assert decode_config(query, cache, cache).num_stages == 4
     assert cache_write.tuned_table("another") == {} == cache_write.tuned(torch.device("cpu"), "decode bfloat16 bfloat16 128")
     cache_write.tuned_table.cache_clear()
 

@@ -157,7 +157,7 @@ MISTAKES = {  # what goes wrong: the module, the text, what it becomes
     "tiny numbers are taken for normal ones": ("cache_write", "tl.where(magnitude < 0.015625, tiny, normal)", "normal"),
     "no saturation": ("cache_write", "tl.minimum(tl.abs(x), 448.0)", "tl.abs(x)"),
     "the scale multiplies": ("cache_write", "tl.div_rn(rows.to(tl.float32), tl.load", "(rows.to(tl.float32) * tl.load"),
-    "a part of a block is copied whole": ("cache_write", "offsets < tl.load(moves + 3 * move + 2)", "offsets < BLOCK_SIZE"),
+    "a part of a block is copied whole": ("cache_write", "num_tokens = tl.load(moves + 3 * move + 2)", "num_tokens = BLOCK_SIZE"),
     "copies run in the order given": ("cache_write", "moves = torch.tensor(ordered_moves(copies)", "moves = torch.tensor(copies"),
     "the scratch is lost": ("cache_write", "tl.where(dst >= 0, scratch, data)", "scratch"),
 }
