@@ -15,13 +15,14 @@ import typer
 from .report import Report, table
 
 # %% auto #0
-__all__ = ['bench_app', 'JsonOption', 'QuickOption', 'tables', 'show', 'tell', 'check_json', 'cpu', 'control_plane']
+__all__ = ['bench_app', 'JsonOption', 'QuickOption', 'DeviceOption', 'tables', 'show', 'tell', 'check_json', 'cpu',
+           'control_plane', 'measure', 'kernels', 'engine']
 
 # %% ../../nbs/bench_cli.ipynb #108d2254
 bench_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure pagedlit against the alternatives, on this machine.")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers, with the environment, to this file.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="A small size: ready within two minutes; the ratios mean less.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="A small size: ready within a few minutes; the ratios mean less.")]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -79,3 +80,38 @@ def control_plane(json: JsonOption = None, quick: QuickOption = False) -> None:
     from pagedlit.bench import control_plane as bench
 
     show(bench.run_control_plane(bench.QUICK if quick else bench.FULL, tell), json)
+
+# %% ../../nbs/bench_cli.ipynb #bcae1f88
+DeviceOption = Annotated[str | None, typer.Option("--device", help="By default the GPU. cpu: the same code on tiny shapes, to test it.")]
+
+
+def measure(benchmark: str, json: Path | None, quick: bool, device_name: str | None) -> None:
+    """Run a benchmark of a device; exit code 2 where there is none."""
+    check_json(json)
+    from importlib import import_module
+
+    from pagedlit.bench import device as devices
+
+    try:
+        device = devices.device_for(device_name)
+    except devices.NoDevice as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    bench = import_module(f"pagedlit.bench.{benchmark}")
+    run, size = getattr(bench, f"run_{benchmark}"), bench.TINY if device.type == "cpu" else bench.QUICK if quick else bench.FULL
+    if json is None and device.type != "cpu":
+        json = devices.results_folder() / devices.slug(devices.device_name(device)) / f"{benchmark}.json"
+        json.parent.mkdir(parents=True, exist_ok=True)
+    show(run(device, size, tell, lambda report: report.save(json) if json else None), None)
+
+
+@bench_app.command()
+def kernels(json: JsonOption = None, quick: QuickOption = False, device: DeviceOption = None) -> None:
+    """On a GPU: the Triton kernels, checked against float64, then against their floors, FlashInfer and torch's attention."""
+    measure("kernels", json, quick, device)
+
+
+@bench_app.command()
+def engine(json: JsonOption = None, quick: QuickOption = False, device: DeviceOption = None) -> None:
+    """On a GPU: decode as a share of the roofline, and a workload against `generate` and transformers' continuous batching."""
+    measure("engine", json, quick, device)

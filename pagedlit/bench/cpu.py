@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +110,8 @@ def static_batches(model: Any, workload: Workload, batch_size: int) -> Outputs:
     for first in range(0, len(workload.prompts), batch_size):
         prompts, sizes = workload.prompts[first : first + batch_size], workload.output_lens[first : first + batch_size]
         width = max(map(len, prompts))
-        token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        rows = [[0] * (width - len(prompt)) + prompt for prompt in prompts], [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        token_ids, mask = (torch.tensor(each, device=model.device) for each in rows)
         answers = model.generate(token_ids, attention_mask=mask, max_new_tokens=max(sizes))
         outputs += [answer[width : width + size].tolist() for answer, size in zip(answers, sizes)]
     return outputs
@@ -124,19 +125,22 @@ def hf_config(num_tokens: int, max_batch_tokens: int, block_size: int = 32) -> C
 
 
 @contextmanager
-def hf_continuous(model: Any, workload: Workload, max_batch_tokens: int = 512) -> Iterator[Callable[[], Outputs]]:
+def hf_continuous(model: Any, workload: Workload, max_batch_tokens: int = 512, seconds: float = math.inf) -> Iterator[Callable[[], Outputs]]:
     """transformers' continuous batching, through the manager behind `generate_batch`, which takes a limit for each request."""
     config = hf_config(workload.num_blocks(32) * 32, max_batch_tokens)
     with model.continuous_batching_context_manager(continuous_batching_config=config, timeout=5) as manager:
-        yield partial(serve_hf, manager, workload)
+        yield partial(serve_hf, manager, workload, seconds)
 
 
-def serve_hf(manager: Any, workload: Workload) -> Outputs:
-    """Add every request, then collect until all are finished. Raises `RuntimeError` if its thread has died."""
+def serve_hf(manager: Any, workload: Workload, seconds: float = math.inf) -> Outputs:
+    """Add every request, then collect until all are finished. Raises `RuntimeError` if its thread has died, `TimeoutError` after some seconds."""
     add = partial(manager.add_request, eos_token_id=-1)
     request_ids = [add(prompt, max_new_tokens=size) for prompt, size in zip(workload.prompts, workload.output_lens)]
     finished: dict[str, Any] = {}
+    began = time.perf_counter()
     while len(finished) < len(request_ids):
+        if time.perf_counter() - began > seconds:
+            raise TimeoutError(f"{len(finished)} of {len(request_ids)} requests finished within {seconds:.0f} s")
         result = manager.get_result(timeout=1)
         if result is None and not manager.is_running():
             raise RuntimeError("continuous batching has stopped before all requests were finished")

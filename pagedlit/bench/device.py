@@ -209,7 +209,7 @@ def verdict(
 # %% ../../nbs/15_floors.ipynb #bfcd99ef
 def slug(name: str) -> str:
     """A device's name as the name of a folder or file: "NVIDIA_H100_80GB_HBM3"."""
-    return re.sub(r"[^0-9A-Za-z]+", "_", name).strip("_")
+    return re.sub(r"[^0-9A-Za-z]+", "_", name)
 
 
 def results_folder() -> Path:

@@ -97,11 +97,11 @@ def version_of(package: str) -> str | None:
 
 # %% ../../nbs/15_benchmarks.ipynb #6375697b
 def commit() -> str | None:
-    """The checkout's commit, with a + if it was changed since; None where the library does not lie in a git checkout."""
+    """The checkout's commit, with a + if it was changed since; where the library lies in no git checkout, what PAGEDLIT_COMMIT says, or None."""
     root = Path(pagedlit.__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("PAGEDLIT_COMMIT")
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

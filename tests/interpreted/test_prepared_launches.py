@@ -1,0 +1,30 @@
+"""What the benchmark times: the launches that the checked entrances make, taken apart and run again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagedlit.bench.kernel_checks import LIMITS, Layer, by_formula, by_triton, check_layer, draw, prepare, worst_error
+from pagedlit.kernels.cache_write import Launch
+
+
+@pytest.mark.parametrize("lengths", [[(130, 1), (3, 1), (0, 1)], [(30, 9), (0, 20), (5, 1)]], ids=["decode", "extend"])
+def test_launches_can_be_run_again(lengths):
+    run = Launch.run
+    step = draw(Layer(4, 2, 16, 16, torch.float16), lengths, 0, torch.device("cpu"))
+    prepared = prepare(by_triton, step)
+    expected = prepared.out.clone()
+    assert Launch.run is run and worst_error(expected, by_formula(step)) < LIMITS[torch.float16]
+    prepared.out.fill_(torch.nan)
+    prepared.plan()
+    assert prepared.out.isnan().all()
+    prepared.attend()
+    assert torch.equal(prepared.out, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
+def test_the_checker_passes_the_kernels(cache_dtype):
+    layer = Layer(4, 2, 16, 16, torch.float16, cache_dtype)
+    row = check_layer(by_triton, layer, [(20, 1), (0, 1)], 1, torch.device("cpu"), "decode")
+    assert row["verdict"] == "right" and row["inputs"] == 5
