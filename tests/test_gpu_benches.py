@@ -223,7 +223,7 @@ def test_flashinfer_may_be_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     bench = kernels.make_bench(CPU, kernels.TINY)
     step = bench.step(SMALL, [(5, 1)])
-    assert bench.ready("FlashInfer", lambda: flashinfer_call(step, bench.memory, bench.workspace)[0]) == {} and "FlashInfer: ModuleNotFoundError" in bench.notes[0]
+    assert kernels.ready(bench, "FlashInfer", lambda: flashinfer_call(step, bench.memory, bench.workspace)[0]) == {} and "FlashInfer: ModuleNotFoundError" in bench.notes[0]
     assert "ModuleNotFoundError" in kernels.flashinfer_check(bench)["verdict"]
     assert kernels.ratio({"pagedlit": [1.0]}, "FlashInfer") is None
 
@@ -243,7 +243,7 @@ def test_torch_is_given_the_same_work(lengths, heads):
 
 def test_a_contender_that_fails_is_left_out():
     bench = kernels.make_bench(CPU, kernels.TINY)
-    assert bench.ready("x", lambda: None) == {} and bench.ready("y", lambda: lambda: 1 / 0) == {} and "y: ZeroDivisionError" in bench.notes[0]
+    assert kernels.ready(bench, "x", lambda: None) == {} and kernels.ready(bench, "y", lambda: lambda: 1 / 0) == {} and "y: ZeroDivisionError" in bench.notes[0]
 
 
 def test_what_is_cut_off_is_listed(monkeypatch):
@@ -368,8 +368,31 @@ def test_what_cannot_run_takes_forever():
 # Commands and files
 
 
+@pytest.fixture(scope="module")
+def reports():
+    """What both benchmarks find on a CPU."""
+    return {"kernels": run_kernels(CPU, kernels.TINY), "engine": engine.run_engine(CPU, engine.TINY)}
+
+
+def test_every_kind_of_row_is_there(reports):
+    kinds = {name: [next(iter(row)) for row in report.rows] for name, report in reports.items()}
+    assert kinds["kernels"] == ["check"] * 4 + ["cascade"] + ["extend"] * 2 + ["decode"] * 6 + ["check"]
+    assert kinds["engine"] == ["model"] * 2 + ["workload"] * 3
+    decode = [row for row in reports["kernels"].rows if "decode" in row]
+    assert all(row["us"] > 0 and row["share of copy"] > 0 and row["x FlashInfer"] is None for row in decode) and len({tuple(row) for row in decode}) == 1
+    assert all(row["x SDPA"] > 0 for row in decode if row["decode"] == "uniform")
+    assert all(0 < row["share"] < 1 for row in reports["engine"].rows if "model" in row)
+    assert not any(row["remark"] for row in reports["engine"].rows if "workload" in row)
+
+
 @pytest.mark.parametrize("name", ["kernels", "engine"])
-def test_commands_print_tables_and_keep_json(name, tmp_path):
+def test_commands_print_tables_and_keep_json(name, tmp_path, monkeypatch, reports):
+    def known(device, size, progress, keep):
+        assert device == CPU and size is (kernels if name == "kernels" else engine).TINY
+        keep(reports[name])
+        return reports[name]
+
+    monkeypatch.setattr(kernels if name == "kernels" else engine, f"run_{name}", known)
     path = tmp_path / "x.json"
     done = RUNNER.invoke(bench_app, [name, "--quick", "--device", "cpu", "--json", str(path)])
     assert done.exit_code == 0, done.output
@@ -378,13 +401,11 @@ def test_commands_print_tables_and_keep_json(name, tmp_path):
     assert all(text in done.output for text in tables(kept["rows"])) and not any("promise" in row for row in kept["rows"])
 
 
-def test_results_are_kept_by_device(tmp_path, monkeypatch):
+def test_results_are_kept_by_device(tmp_path, reports):
     assert slug("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3" and devices.results_folder() == ROOT / "kernels/results"
-    monkeypatch.setattr(devices, "results_folder", lambda: tmp_path)
-    for bench, tiny in ((kernels, kernels.TINY), (engine, engine.TINY)):
-        report = getattr(bench, f"run_{bench.__name__.split('.')[-1]}")(CPU, tiny)
-        report.rows += bench.promises(report.rows)
-        (tmp_path / "GPU").mkdir(exist_ok=True)
+    (tmp_path / "GPU").mkdir()
+    for bench, found in ((kernels, reports["kernels"]), (engine, reports["engine"])):
+        report = replace(found, rows=found.rows + bench.promises(found.rows))
         report.save(tmp_path / f"GPU/{report.benchmark}.json")
         kept = saved_reports(report.benchmark, tmp_path)
         text = bench.summary(kept["GPU"])

@@ -89,7 +89,7 @@ def test_it_loads_alone_and_computes(project):
 def test_it_passes_the_interpreter_tests(project):
     """Some of tests/interpreted; with the environment variable, pytest runs any of them so."""
     pytest.importorskip("kernels")
-    some = "where_from or options or copies or entrance or test_e4m3 or write_e4m3"
+    some = "where_from or (test_options and sinks) or (copies and dtype1) or entrance_computes or write_e4m3"
     done = child(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", some, "tests/interpreted", "--ignore=tests/interpreted/test_triton_backend.py"],
                  PAGEDLIT_KERNELS=str(project))  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

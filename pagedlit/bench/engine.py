@@ -218,7 +218,7 @@ def promises(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         verdict("workload: times HF continuous batching", 5.0, min(against, default=None)),
     ]
 
-
+# %% ../../nbs/15_engine_bench.ipynb #215731bb
 def engine_rows(device: torch.device, size: EngineSize, ceilings: Ceilings, deadline: Deadline, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Model after model; the workload after the first."""
     for number, name in enumerate(size.models):
@@ -254,7 +254,7 @@ def run_engine(
     keep(report)
     return report
 
-# %% ../../nbs/15_engine_bench.ipynb #20fd483c
+# %% ../../nbs/15_engine_bench.ipynb #96924a11
 def summary(report: dict[str, Any]) -> str:
     """A saved report in a few lines."""
     facts, rows = report["settings"], report["rows"]

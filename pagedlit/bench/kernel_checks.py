@@ -221,7 +221,7 @@ def recording() -> Iterator[list[Any]]:
     with patch.object(Launch, "run", note):
         yield launches
 
-
+# %% ../../nbs/15_kernel_checks.ipynb #1bc9ba3c
 LAYER_KERNELS = ("decode_kernel", "prefix_kernel", "extend_kernel")  # launched for each layer; the others plan
 
 
@@ -252,7 +252,7 @@ def prepare(attention: Attention, step: Step) -> Prepared:
         return Prepared(lambda: None, partial(attention, step), out)
     return Prepared(partial(run_all, plans), partial(run_all, layer), out)
 
-# %% ../../nbs/15_kernel_checks.ipynb #e5855daa
+# %% ../../nbs/15_kernel_checks.ipynb #3e3ffd3b
 def outcome(what: str, said: str, inputs: int = 1) -> dict[str, Any]:
     """A row for a check that has no error to show."""
     return {"check": what, "inputs": inputs, "worst error": None, "limit": None, "same bits": None, "verdict": said}
@@ -271,7 +271,7 @@ def replay_row(attention: Attention, kind: str, layer: Layer, device: torch.devi
     replay()
     return outcome(what, "right" if torch.equal(prepared.out, expected) else "NOT THE SAME BITS")
 
-# %% ../../nbs/15_kernel_checks.ipynb #75c86dd2
+# %% ../../nbs/15_kernel_checks.ipynb #13d69498
 def small_run() -> None:
     """One step of each kind and dtype on the GPU, for a memory checker to watch."""
     for kind, layer in grid():

@@ -30,7 +30,7 @@ from .report import Report, median_ratio, spread
 
 # %% auto #0
 __all__ = ['FULL', 'QUICK', 'TINY', 'Call', 'OURS', 'FLASHINFER', 'SDPA', 'Point', 'Size', 'flashinfer_arguments',
-           'flashinfer_call', 'sdpa_call', 'Bench', 'timed_step', 'ratio', 'decode_row', 'extend_row',
+           'flashinfer_call', 'sdpa_call', 'Bench', 'ready', 'timed_step', 'ratio', 'decode_row', 'extend_row',
            'shared_attention', 'shared_step', 'cascade_row', 'values', 'promises', 'check_rows', 'flashinfer_check',
            'fits', 'attempt', 'measured_rows', 'room', 'make_bench', 'run_kernels', 'summary', 'all_summaries']
 
@@ -172,33 +172,34 @@ class Bench:
         pool, generator = self.pool(layer), torch.Generator(self.device).manual_seed(0)
         return assemble(layer, lengths, pool, random_tables(lengths, layer.block_size, len(pool), generator), generator)
 
-    def ready(self, name: str, make: Callable[[], Call | None]) -> dict[str, Call]:
-        """A contender by its name, recorded as a graph where that works; none where it cannot run."""
-        try:
-            call = make()
-            if call is None:
-                return {}
-            call()
-        except Exception as error:
-            self.note(f"{name}: {type(error).__name__}: {error}"[:160])
+# %% ../../nbs/15_kernel_bench.ipynb #cd816bd3
+def ready(bench: Bench, name: str, make: Callable[[], Call | None]) -> dict[str, Call]:
+    """A contender by its name, recorded as a graph where that works; none where it cannot run."""
+    try:
+        call = make()
+        if call is None:
             return {}
-        try:
-            return {name: graphed(call, self.device)}
-        except Exception as error:
-            self.note(f"{name} is timed without a graph: {type(error).__name__}: {error}"[:160])
-            return {name: call}
+        call()
+    except Exception as error:
+        bench.note(f"{name}: {type(error).__name__}: {error}"[:160])
+        return {}
+    try:
+        return {name: graphed(call, bench.device)}
+    except Exception as error:
+        bench.note(f"{name} is timed without a graph: {type(error).__name__}: {error}"[:160])
+        return {name: call}
 
-# %% ../../nbs/15_kernel_bench.ipynb #412cb7a3
+# %% ../../nbs/15_kernel_bench.ipynb #9249e9d3
 OURS, FLASHINFER, SDPA = "pagedlit", "FlashInfer", "SDPA"
 
 
 def timed_step(bench: Bench, step: Step) -> tuple[dict[str, list[float]], float]:  # seconds in each round, by name; and of our plan
     """All who can compute this step, in turns."""
     prepared: Prepared = prepare(bench.attention, step)
-    contenders = bench.ready(OURS, lambda: prepared.attend)
+    contenders = ready(bench, OURS, lambda: prepared.attend)
     if bench.device.type == "cuda":
-        contenders |= bench.ready(FLASHINFER, lambda: flashinfer_call(step, bench.memory, bench.workspace)[0])
-    contenders |= bench.ready(SDPA, lambda: sdpa_call(step, bench.memory))
+        contenders |= ready(bench, FLASHINFER, lambda: flashinfer_call(step, bench.memory, bench.workspace)[0])
+    contenders |= ready(bench, SDPA, lambda: sdpa_call(step, bench.memory))
     plan = race({"plan": prepared.plan}, bench.stopwatch, 3)["plan"]
     return race(contenders, bench.stopwatch, bench.size.num_rounds), median(plan)
 
@@ -229,7 +230,7 @@ def extend_row(bench: Bench, lengths: Lengths, layer: Layer) -> dict[str, Any]:
         "x FlashInfer": ratio(seconds, FLASHINFER), "x SDPA flash": ratio(seconds, SDPA),
     }  # fmt: skip
 
-# %% ../../nbs/15_kernel_bench.ipynb #dcd9e96f
+# %% ../../nbs/15_kernel_bench.ipynb #66ffa8a4
 def shared_attention() -> Attention | None:
     """`paged_decode_shared` of `pagedlit.kernels.cascade`; None where there is none."""
     try:
@@ -256,13 +257,13 @@ def cascade_row(bench: Bench) -> dict[str, Any]:
         return row | {"cascade": "not there: pagedlit.kernels.cascade.paged_decode_shared"}
     step = shared_step(bench, layer, num_seqs, num_shared, own)
     plain, aware = prepare(bench.attention, step), prepare(attention, step)
-    contenders = bench.ready("without", lambda: plain.attend) | bench.ready("with", lambda: aware.attend)
+    contenders = ready(bench, "without", lambda: plain.attend) | ready(bench, "with", lambda: aware.attend)
     seconds = race(contenders, bench.stopwatch, bench.size.num_rounds)
     without, with_it = (median(seconds[name]) * 1e6 for name in ("without", "with"))
     times = median_ratio(seconds["without"], seconds["with"])
     return row | {"error": worst_error(aware.out, plain.out.double()), "without us": without, "with us": with_it, "times as fast": times}
 
-# %% ../../nbs/15_kernel_bench.ipynb #44ac9c84
+# %% ../../nbs/15_kernel_bench.ipynb #91fb8bc4
 def values(rows: Sequence[dict[str, Any]], kind: str, column: str) -> list[float]:
     """A column of all rows of a kind that have it."""
     return [row[column] for row in rows if kind in row and row[column] is not None]
@@ -280,7 +281,7 @@ def promises(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         verdict("cascade: times as fast as without", 4.0, min(values(rows, "cascade", "times as fast"), default=None)),
     ]  # fmt: skip
 
-# %% ../../nbs/15_kernel_bench.ipynb #2a6ab98e
+# %% ../../nbs/15_kernel_bench.ipynb #1637907e
 def check_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Right or not: the grid, and replay; at tiny sizes, two layers with short contexts."""
     is_tiny = bench.size.memory_share == 0
@@ -309,7 +310,7 @@ def fits(bench: Bench, layer: Layer, lengths: Lengths) -> bool:
     """Is there room for these sequences?"""
     return sum(-(-(past + new) // layer.block_size) for past, new in lengths) <= len(bench.pool(layer))
 
-# %% ../../nbs/15_kernel_bench.ipynb #a4d35909
+# %% ../../nbs/15_kernel_bench.ipynb #1e13ea38
 def attempt(bench: Bench, what: str, lengths: Lengths, layer: Layer, needed: float, measure: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The row of a point, or a note why there is none; `needed` is the share of all time that must be left for what comes later."""
     if not fits(bench, layer, lengths):
@@ -349,7 +350,7 @@ def make_bench(device: torch.device, size: Size, attention: Attention | None = N
     memory, workspace = random_like_kv(room(device, size.memory_share), device), torch.zeros(2**27 if device.type == "cuda" else 8, dtype=torch.uint8, device=device)
     return Bench(device, size, attention, ceilings, stopwatch, deadline, memory, workspace, [])
 
-# %% ../../nbs/15_kernel_bench.ipynb #b8416074
+# %% ../../nbs/15_kernel_bench.ipynb #04f686b2
 @torch.inference_mode()
 def run_kernels(
     device: torch.device,
@@ -375,7 +376,7 @@ def run_kernels(
     keep(report)
     return report
 
-# %% ../../nbs/15_kernel_bench.ipynb #0e9843c6
+# %% ../../nbs/15_kernel_bench.ipynb #ff72425c
 def summary(report: dict[str, Any]) -> str:
     """A saved report in a few lines: device, checks, promises, and the decode points by head count."""
     rows, facts = report["rows"], report["settings"]

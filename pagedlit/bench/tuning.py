@@ -22,7 +22,7 @@ import torch
 
 from .device import Deadline, device_name, race, slug
 from .kernel_checks import LENGTHS, LIMITS, Attention, Layer, Lengths, Step, by_formula, draw, prepare, worst_error
-from .kernels import QUICK, Bench, make_bench
+from .kernels import QUICK, Bench, make_bench, ready
 from ..kernels import cache_write
 from ..kernels.decode import DecodeConfig, decode_config, paged_decode, situation
 from ..kernels.extend import ExtendConfig, extend_config, paged_extend
@@ -111,7 +111,7 @@ def times(bench: Bench, kind: str, points: Sequence[tuple[Layer, Lengths]], conf
         if worst_error(attention(step), by_formula(step)) > LIMITS[step.query.dtype]:
             return [inf] * len(points)
         for layer, lengths in points:
-            call = bench.ready("candidate", partial(get_attend, attention, bench.step(layer, lengths)))
+            call = ready(bench, "candidate", partial(get_attend, attention, bench.step(layer, lengths)))
             found.append(median(race(call, bench.stopwatch, 7)["candidate"]))
     except Exception:
         return [inf] * len(points)
