@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -69,6 +70,64 @@ def test_a_missing_device_is_told():
         assert done.exit_code == 2 and "no CUDA device" in done.output and "Traceback" not in done.output
 
 
+class Cuda:
+    """Stands in for torch.cuda: a queue whose clock is the number of things that were put into it."""
+
+    def __init__(self, monkeypatch):
+        self.log: list[str] = []
+        here = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                here.log.append("mark")
+                self.time = len(here.log)
+
+            def elapsed_time(self, end):
+                assert here.log[-1] == "wait"
+                return 1e3 * (end.time - self.time)
+
+        class Graph:
+            def replay(self):
+                here.log.append("replay")
+
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        gpu = types.SimpleNamespace(L2_cache_size=50e6, total_memory=80e9, multi_processor_count=132, major=9, minor=0)
+        fakes = {
+            "Event": Event, "CUDAGraph": Graph, "synchronize": lambda *device: self.log.append("wait"), "Stream": lambda device: stream,
+            "current_stream": lambda device: stream, "stream": lambda it: nullcontext(), "graph": lambda graph: nullcontext(),
+            "get_device_properties": lambda device: gpu, "get_device_name": lambda *device: "Imaginary", "is_available": lambda: True,
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_calls_on_a_device_are_timed_between_marks_and_waited_for_once(monkeypatch):
+    cuda, stopwatch = Cuda(monkeypatch), Stopwatch(CPU)
+    stopwatch.device = torch.device("cuda")
+    monkeypatch.setattr(stopwatch, "overwritten", types.SimpleNamespace(zero_=lambda: cuda.log.append("overwrite")))
+    seconds = stopwatch.time([lambda: cuda.log.append("A"), lambda: cuda.log.extend("BB")])
+    assert cuda.log == ["overwrite", "mark", "A", "mark", "overwrite", "mark", "B", "B", "mark", "wait"] and seconds == [2.0, 3.0]
+
+
+def test_a_graph_is_recorded_after_warming_up(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    replay = devices.graphed(lambda: cuda.log.append("call"), torch.device("cuda"))
+    assert cuda.log == ["call"] * 3 + ["wait", "call"]
+    replay()
+    assert cuda.log[-1] == "replay"
+
+
+def test_facts_of_a_device(monkeypatch):
+    Cuda(monkeypatch)
+    facts = devices.device_facts(device_for())
+    assert facts["device"] == "Imaginary" and facts["capability"] == "9.0" and facts["L2 MB"] == 50 and facts["memory GB"] == 80
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 0))
+    assert kernels.room(torch.device("cuda"), 0.5) == 5 * 2**30
+
+
 # Checks
 
 
@@ -101,6 +160,8 @@ def test_steps_are_fresh_and_repeat():
     assert torch.equal(a.query, b.query) and not torch.equal(a.query, c.query)
     tables = random_tables([(7, 1), (0, 1)], 4, 3, torch.Generator())
     assert sorted(tables.flatten().tolist()) == [-1, 0, 1, 2]
+    full = draw(SMALL, [(7, 1), (1, 1)], 0, CPU)  # a sequence that ends with its last block
+    assert int((~full.value_cache[:, 0, :, 0].isnan()).sum()) == 8 + 2
 
 
 WRONG = {
@@ -309,7 +370,8 @@ def test_rivals_are_cut_off_and_failures_told(monkeypatch):
     report = engine.run_engine(CPU, size)
     assert report.rows[-1]["contender"] == "broken" and report.rows[-1]["ratio"] is None and "ZeroDivisionError" in report.rows[-1]["remark"]
     monkeypatch.setattr(engine, "decode_rows", lambda *a: 1 / 0)
-    assert engine.run_engine(CPU, size).rows == [{"note": "ZeroDivisionError: division by zero"}]
+    monkeypatch.setattr(engine, "serving_rows", lambda *a: iter([{"workload": "still measured"}]))
+    assert engine.run_engine(CPU, size).rows == [{"note": "ZeroDivisionError: division by zero"}, {"workload": "still measured"}]
 
 
 def test_hf_continuous_batching_stops_at_its_limit():
@@ -411,6 +473,15 @@ def test_results_are_kept_by_device(tmp_path, reports):
         text = bench.summary(kept["GPU"])
         assert list(kept) == ["GPU"] and report.settings["device"] in text and "not measured" in text
     assert saved_reports("kernels", tmp_path / "nothing") == {}
+
+
+def test_the_decode_grid_is_shown_as_tables(monkeypatch, reports):
+    report = {"rows": [row for row in reports["kernels"].rows if row.get("batch") != 1 or row["context"] != 40]}
+    text = kernels.pivots(report, "us")
+    assert text.count("us, uniform lengths, heads 4/2, blocks of 4") == 1 and text.count("us, skewed lengths") == 1
+    assert [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|      40")][0] == ["      40 ", "       - "]
+    monkeypatch.setattr(kernels, "saved_reports", lambda name: {"GPU": report, "other": {"rows": []}})
+    assert "3 x (16 shared + 5)" in kernels.all_tables() and "1 x 24 after 0" in kernels.all_tables() and "x SDPA, skewed" in kernels.all_tables()
 
 
 @pytest.mark.parametrize("name", ["kernels", "engine"])

@@ -30,8 +30,8 @@ from ..serving.sequence import SamplingParams
 # %% auto #0
 __all__ = ['LLAMA', 'QWEN', 'MODELS', 'FULL', 'QUICK', 'TINY', 'shape_config', 'random_model', 'step_bytes', 'token_bytes',
            'roofline', 'known_settings', 'settings_for', 'generate_seconds', 'decode_rate', 'EngineSize', 'decode_rows',
-           'part_of', 'lap', 'rivals', 'serving_rows', 'collect', 'promises', 'engine_rows', 'run_engine', 'summary',
-           'all_summaries']
+           'part_of', 'lap', 'rivals', 'serving_rows', 'collect', 'promises', 'decode_model', 'serve_model',
+           'surviving', 'engine_rows', 'run_engine', 'summary', 'all_summaries']
 
 # %% ../../nbs/15_engine_bench.ipynb #dafcffae
 LLAMA = {"vocab_size": 128_256, "num_key_value_heads": 8, "num_attention_heads": 32, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
@@ -218,16 +218,35 @@ def promises(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         verdict("workload: times HF continuous batching", 5.0, min(against, default=None)),
     ]
 
-# %% ../../nbs/15_engine_bench.ipynb #215731bb
+# %% ../../nbs/15_engine_bench.ipynb #626b1805
+def decode_model(name: str, device: torch.device, size: EngineSize, ceilings: Ceilings, deadline: Deadline) -> Iterator[dict[str, Any]]:
+    """Make a model, and measure it."""
+    yield from decode_rows(name, random_model(name, device), size, ceilings, deadline)
+
+
+def serve_model(make_model: Callable[[], PreTrainedModel], size: EngineSize, deadline: Deadline) -> Iterator[dict[str, Any]]:
+    """Make a model, and let it serve."""
+    yield from serving_rows(make_model(), make_model, size, deadline)
+
+
+def surviving(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The rows, up to an error, and a note of it: what comes later is measured all the same."""
+    try:
+        yield from rows()
+    except Exception as error:
+        yield {"note": f"{type(error).__name__}: {error}"[:300]}
+
+# %% ../../nbs/15_engine_bench.ipynb #2df8845b
 def engine_rows(device: torch.device, size: EngineSize, ceilings: Ceilings, deadline: Deadline, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Model after model; the workload after the first."""
     for number, name in enumerate(size.models):
         progress(f"decode, {name}")
-        yield from decode_rows(name, random_model(name, device), size, ceilings, deadline)
+        yield from surviving(partial(decode_model, name, device, size, ceilings, deadline))
         collect()
         if number == 0:
             progress(f"workload, {size.serving}")
-            yield from serving_rows(random_model(size.serving, device), partial(random_model, size.serving, device), size, deadline)
+            make_model = partial(random_model, size.serving, device)
+            yield from surviving(partial(serve_model, make_model, size, deadline))
             collect()
 
 
@@ -242,19 +261,16 @@ def run_engine(
     deadline, ceilings = Deadline(size.seconds), measure_ceilings(Stopwatch(device), *size.ceiling_sizes)
     facts = device_facts(device) | {"copy GB/s": ceilings.bandwidth / 1e9, "dtype": "bfloat16" if device.type == "cuda" else "float32"}
     report = Report("engine", facts | {"prompt_len": size.prompt_len, "num_steps": size.num_steps, "LLM": settings_for(device)})
-    try:
-        for row in engine_rows(device, size, ceilings, deadline, progress):
-            report.rows.append(row)
-            progress(" ".join(str(value) for value in row.values()))
-            keep(report)
-    except Exception as error:
-        report.rows.append({"note": f"{type(error).__name__}: {error}"[:300]})
+    for row in engine_rows(device, size, ceilings, deadline, progress):
+        report.rows.append(row)
+        progress(" ".join(str(value) for value in row.values()))
+        keep(report)
     report.rows += promises(report.rows) if device.type == "cuda" else []
     report.rows += [{"skipped": line} for line in deadline.skipped]
     keep(report)
     return report
 
-# %% ../../nbs/15_engine_bench.ipynb #96924a11
+# %% ../../nbs/15_engine_bench.ipynb #1931c7e1
 def summary(report: dict[str, Any]) -> str:
     """A saved report in a few lines."""
     facts, rows = report["settings"], report["rows"]

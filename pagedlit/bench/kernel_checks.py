@@ -111,7 +111,8 @@ def draw(layer: Layer, lengths: Lengths, seed: int, device: torch.device, option
     for table, (past, new) in zip(tables.long(), lengths):
         full, rest = divmod(past + new, layer.block_size)
         used[table[:full]] = True
-        used[table[full], :rest] = True if rest else used[table[full], :rest]
+        if rest:
+            used[table[full], :rest] = True
     shape = num_blocks, layer.num_kv_heads, 2, layer.block_size, layer.head_dim
     pool = torch.randn(shape, generator=generator, device=device).masked_fill(~used[:, None, None, :, None], math.nan)
     chosen = dict(OPTIONS[options])

@@ -26,13 +26,14 @@ from .device import Ceilings, Deadline, Stopwatch, decode_bytes, device_facts, e
 from .device import random_like_kv, saved_reports, verdict
 from .kernel_checks import LENGTHS, Attention, Layer, Lengths, Prepared, Step, assemble, by_formula, by_torch, by_triton
 from .kernel_checks import check_layer, grid, outcome, prepare, random_tables, replay_row, sanitizer_row, worst_error
-from .report import Report, median_ratio, spread
+from .report import Report, median_ratio, spread, table
 
 # %% auto #0
 __all__ = ['FULL', 'QUICK', 'TINY', 'Call', 'OURS', 'FLASHINFER', 'SDPA', 'Point', 'Size', 'flashinfer_arguments',
            'flashinfer_call', 'sdpa_call', 'Bench', 'ready', 'timed_step', 'ratio', 'decode_row', 'extend_row',
            'shared_attention', 'shared_step', 'cascade_row', 'values', 'promises', 'check_rows', 'flashinfer_check',
-           'fits', 'attempt', 'measured_rows', 'room', 'make_bench', 'run_kernels', 'summary', 'all_summaries']
+           'fits', 'attempt', 'measured_rows', 'room', 'make_bench', 'run_kernels', 'summary', 'all_summaries',
+           'pivots', 'all_tables']
 
 # %% ../../nbs/15_kernel_bench.ipynb #a299b794
 class Point(NamedTuple):
@@ -390,3 +391,27 @@ def summary(report: dict[str, Any]) -> str:
 def all_summaries() -> str:
     """Of every device that has run the benchmark."""
     return "\n\n".join(map(summary, saved_reports("kernels").values())) or "No GPU has run this benchmark yet: kernels/results is empty."
+
+# %% ../../nbs/15_kernel_bench.ipynb #c4b21388
+def pivots(report: dict[str, Any], column: str) -> str:
+    """A column of the decode grid as tables, one for each kind of lengths, head count and block size; what was skipped is a dash."""
+    found: dict[str, dict[int, dict[int, float | None]]] = {}
+    for row in report["rows"]:
+        if "decode" in row:
+            title = f"{column}, {row['decode']} lengths, heads {row['heads']}, blocks of {row['block']}"
+            found.setdefault(title, {}).setdefault(row["context"], {})[row["batch"]] = row[column]
+    texts = []
+    for title, contexts in found.items():
+        batches = sorted({batch for cells in contexts.values() for batch in cells})
+        rows = [{"context": context} | {f"batch {batch}": cells.get(batch) for batch in batches} for context, cells in contexts.items()]
+        texts.append(f"{title}\n{table(rows)}")
+    return "\n\n".join(texts)
+
+
+def all_tables() -> str:
+    """Of every device that has run the benchmark: shared prefix, extend, and the decode grid three times."""
+    texts = []
+    for report in saved_reports("kernels").values():
+        kinds = [[row for row in report["rows"] if kind in row] for kind in ("cascade", "extend")]
+        texts += [table(rows) for rows in kinds if rows] + [pivots(report, column) for column in ("share of copy", "x FlashInfer", "x SDPA")]
+    return "\n\n".join(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagedlit.bench import kernel_checks
 from pagedlit.bench.kernel_checks import LIMITS, Layer, by_formula, by_triton, check_layer, draw, prepare, worst_error
 from pagedlit.kernels.cache_write import Launch
 
@@ -28,3 +29,17 @@ def test_the_checker_passes_the_kernels(cache_dtype):
     layer = Layer(4, 2, 16, 16, torch.float16, cache_dtype)
     row = check_layer(by_triton, layer, [(20, 1), (0, 1)], 1, torch.device("cpu"), "decode")
     assert row["verdict"] == "right" and row["inputs"] == 5
+
+
+@pytest.mark.parametrize("kind", ["decode", "extend"])
+def test_a_replay_must_write_every_element(kind, monkeypatch):
+    """The launches are run again in place of a graph; a kernel that leaves its output alone is found out."""
+    cuda, draw_on_cpu = torch.device("cuda"), draw
+    monkeypatch.setattr(kernel_checks, "draw", lambda layer, lengths, seed, device: draw_on_cpu(layer, lengths, seed, torch.device("cpu")))
+    monkeypatch.setattr(kernel_checks, "graphed", lambda call, device: call)
+    monkeypatch.setattr(kernel_checks, "LENGTHS", {"decode": [(20, 1), (0, 1)], "extend": [(20, 3), (0, 1)]})
+    layer = Layer(4, 2, 16, 16, torch.float16)
+    assert kernel_checks.replay_row(by_triton, kind, layer, cuda)["verdict"] == "right"
+    monkeypatch.setattr(kernel_checks, "LAYER_KERNELS", ("extend_plan_kernel", "plan_kernel"))
+    monkeypatch.setattr(kernel_checks, "graphed", lambda call, device: lambda: None)
+    assert kernel_checks.replay_row(by_triton, kind, layer, cuda)["verdict"] == "NOT THE SAME BITS"
