@@ -189,6 +189,29 @@ def test_other_bits_and_crashes_are_reported():
     assert {row["verdict"] for row in report.rows if row.get("inputs")} == {"WRONG"} and any("decode" in row for row in report.rows)
 
 
+def test_several_processes_compile_and_end_in_time(monkeypatch):
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command, stderr):
+            started.append(command)
+            self.log = []
+
+        def wait(self, timeout=None):
+            if timeout is not None and len(started) == 4 and "(1, 4)" in started[1][2] and not self.log:
+                self.log.append("late")
+                raise kernel_checks.subprocess.TimeoutExpired("x", timeout)
+
+        def kill(self):
+            assert self.log == ["late"]
+
+    monkeypatch.setattr(kernel_checks.subprocess, "Popen", Process)
+    monkeypatch.setattr(kernel_checks.os, "cpu_count", lambda: 6)
+    assert kernel_checks.compile_all(0.1) == 4 and [command[2][-12:] for command in started] == [f"e_part({i}, 4)" for i in range(4)]
+    monkeypatch.setattr(kernel_checks.os, "cpu_count", lambda: 2)
+    assert kernel_checks.compile_all() == 0 and len(started) == 4
+
+
 def test_a_memory_checker_is_asked(tmp_path, monkeypatch):
     gpu, tool = torch.device("cuda"), tmp_path / "compute-sanitizer"
     monkeypatch.setattr(kernel_checks.shutil, "which", lambda name: str(tool) if tool.exists() else None)

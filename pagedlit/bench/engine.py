@@ -171,12 +171,13 @@ def lap(run: Callable[[], Outputs], num_tokens: int) -> tuple[float, str]:  # to
     return num_tokens / (time.perf_counter() - begin), remark
 
 
-def rivals(model: PreTrainedModel, workload: Workload, size: EngineSize, limit: float) -> Iterator[tuple[str, Callable[[], tuple[float, str]]]]:
+def rivals(model: PreTrainedModel, workload: Workload, size: EngineSize, deadline: Deadline) -> Iterator[tuple[str, Callable[[], tuple[float, str]]]]:
     """Name, and how to time it."""
     first = part_of(workload, size.static_batch)
     yield f"static, a batch of {size.static_batch}", lambda: lap(partial(static_batches, model, first, size.static_batch), sum(first.output_lens))
 
     def continuous() -> tuple[float, str]:
+        limit = min(size.rival_seconds, max(10.0, deadline.left - 30))
         with hf_continuous(model, workload, 8192 if model.device.type == "cuda" else 512, limit) as serve:
             return lap(serve, sum(workload.output_lens))
 
@@ -193,7 +194,7 @@ def serving_rows(model: PreTrainedModel, make_model: Callable[[], PreTrainedMode
     yield row
     del llm, model
     collect()
-    for name, measure in rivals(make_model(), workload, size, size.rival_seconds):
+    for name, measure in rivals(make_model(), workload, size, deadline):
         if deadline.allows(f"serving, {name}", 0.1 * size.seconds):
             try:
                 rate, remark = measure()

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from ..compute.attention import dense_attention
 # %% auto #0
 __all__ = ['Attention', 'Lengths', 'OPTIONS', 'LIMITS', 'SHAPES', 'DTYPES', 'LENGTHS', 'LAYER_KERNELS', 'Layer', 'Step',
            'random_tables', 'assemble', 'draw', 'rows_of', 'by_formula', 'by_torch', 'by_triton', 'worst_error',
-           'check_layer', 'grid', 'recording', 'Prepared', 'run_all', 'prepare', 'outcome', 'replay_row', 'small_run',
-           'sanitizer_row']
+           'check_layer', 'grid', 'compile_part', 'compile_all', 'recording', 'Prepared', 'run_all', 'prepare',
+           'outcome', 'replay_row', 'small_run', 'sanitizer_row']
 
 # %% ../../nbs/15_kernel_checks.ipynb #b4d97830
 class Layer(NamedTuple):
@@ -206,7 +207,34 @@ def grid() -> list[tuple[str, Layer]]:
     """Kind of step and layer."""
     return [(kind, shape._replace(**dtype)) for dtype in DTYPES for shape in SHAPES for kind in LENGTHS]
 
-# %% ../../nbs/15_kernel_checks.ipynb #d386f2cf
+# %% ../../nbs/15_kernel_checks.ipynb #4ffb11af
+def compile_part(part: int, num_parts: int, device: str = "cuda") -> None:
+    """Run every `num_parts`-th variant of the grid on a short step, for the sake of its compiled code."""
+    variants = [(kind, layer, options) for kind, layer in grid() for options in OPTIONS]
+    for kind, layer, options in variants[part::num_parts]:
+        lengths = [(past % 50, min(new, 3)) for past, new in LENGTHS[kind][:3]]
+        try:
+            by_triton(draw(layer, lengths, 0, torch.device(device), options))
+        except Exception as error:
+            print(f"{kind} {layer} {options}: {error}", file=sys.stderr)
+
+
+def compile_all(seconds: float = 150) -> int:  # processes that were started
+    """Let several processes compile the grid's variants; those that are not done in time are ended."""
+    count, code = min(12, (os.cpu_count() or 1) - 2), "from pagedlit.bench.kernel_checks import compile_part; compile_part"
+    if count < 2:
+        return 0
+    parts = [subprocess.Popen([sys.executable, "-c", f"{code}({part}, {count})"], stderr=subprocess.DEVNULL) for part in range(count)]
+    until = time.monotonic() + seconds
+    for part in parts:
+        try:
+            part.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            part.kill()
+            part.wait()
+    return count
+
+# %% ../../nbs/15_kernel_checks.ipynb #b2bea217
 @contextmanager
 def recording() -> Iterator[list[Any]]:
     """Within this block every `Launch` that runs is written down, in order."""
@@ -222,7 +250,7 @@ def recording() -> Iterator[list[Any]]:
     with patch.object(Launch, "run", note):
         yield launches
 
-# %% ../../nbs/15_kernel_checks.ipynb #1bc9ba3c
+# %% ../../nbs/15_kernel_checks.ipynb #bf0d235b
 LAYER_KERNELS = ("decode_kernel", "prefix_kernel", "extend_kernel")  # launched for each layer; the others plan
 
 
@@ -253,7 +281,7 @@ def prepare(attention: Attention, step: Step) -> Prepared:
         return Prepared(lambda: None, partial(attention, step), out)
     return Prepared(partial(run_all, plans), partial(run_all, layer), out)
 
-# %% ../../nbs/15_kernel_checks.ipynb #3e3ffd3b
+# %% ../../nbs/15_kernel_checks.ipynb #765b708f
 def outcome(what: str, said: str, inputs: int = 1) -> dict[str, Any]:
     """A row for a check that has no error to show."""
     return {"check": what, "inputs": inputs, "worst error": None, "limit": None, "same bits": None, "verdict": said}
@@ -272,7 +300,7 @@ def replay_row(attention: Attention, kind: str, layer: Layer, device: torch.devi
     replay()
     return outcome(what, "right" if torch.equal(prepared.out, expected) else "NOT THE SAME BITS")
 
-# %% ../../nbs/15_kernel_checks.ipynb #13d69498
+# %% ../../nbs/15_kernel_checks.ipynb #20e77bcc
 def small_run() -> None:
     """One step of each kind and dtype on the GPU, for a memory checker to watch."""
     for kind, layer in grid():

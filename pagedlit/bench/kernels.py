@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .device import Ceilings, Deadline, Stopwatch, decode_bytes, device_facts, extend_flops, graphed, measure_ceilings, race
 from .device import random_like_kv, saved_reports, verdict
 from .kernel_checks import LENGTHS, Attention, Layer, Lengths, Prepared, Step, assemble, by_formula, by_torch, by_triton
-from .kernel_checks import check_layer, grid, outcome, prepare, random_tables, replay_row, sanitizer_row, worst_error
+from .kernel_checks import check_layer, compile_all, grid, outcome, prepare, random_tables, replay_row, sanitizer_row, worst_error
 from .report import Report, median_ratio, spread, table
 
 # %% auto #0
@@ -286,6 +286,8 @@ def promises(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def check_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Right or not: the grid, and replay; at tiny sizes, two layers with short contexts."""
     is_tiny = bench.size.memory_share == 0
+    if bench.device.type == "cuda" and bench.attention is by_triton:
+        compile_all(bench.size.seconds / 3)
     layers = [("decode", Layer(4, 2, 16, 4)), ("extend", Layer(4, 2, 16, 4, torch.float16))] if is_tiny else grid()
     for kind, layer in layers:
         lengths = [(past // 50, -(-new // 50)) for past, new in LENGTHS[kind]] if is_tiny else LENGTHS[kind]

@@ -43,3 +43,16 @@ def test_a_replay_must_write_every_element(kind, monkeypatch):
     monkeypatch.setattr(kernel_checks, "LAYER_KERNELS", ("extend_plan_kernel", "plan_kernel"))
     monkeypatch.setattr(kernel_checks, "graphed", lambda call, device: lambda: None)
     assert kernel_checks.replay_row(by_triton, kind, layer, cuda)["verdict"] == "NOT THE SAME BITS"
+
+
+def test_every_variant_is_run_once_by_somebody(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(kernel_checks, "by_triton", lambda step: ran.append(step))
+    for part in range(7):
+        kernel_checks.compile_part(part, 7, "cpu")
+    assert len(ran) == 150 and not capsys.readouterr().err
+    monkeypatch.undo()
+    kernel_checks.compile_part(3, 150, "cpu")
+    monkeypatch.setattr(kernel_checks, "by_triton", lambda step: 1 / 0)
+    kernel_checks.compile_part(3, 150, "cpu")
+    assert "division by zero" in capsys.readouterr().err
