@@ -15,7 +15,16 @@ from test_parity import assert_whole, greedy, random_model, serve, shipped_model
 from typer.testing import CliRunner
 
 from pagedlit import cli
-from pagedlit.compute.attention import dense_attention, forward_context, get_backend, paged_attention_reference, register_backend
+from pagedlit.compute import model_runner
+from pagedlit.compute.attention import (
+    LayerKind,
+    dense_attention,
+    forward_context,
+    get_backend,
+    paged_attention,
+    paged_attention_reference,
+    register_backend,
+)
 from pagedlit.compute.kv_cache import DeviceMemory, KVCache, LayerSpec, bytes_per_block, gpu_blocks, split_kv, torch_copier
 from pagedlit.compute.model_runner import ModelRunner, UnsupportedModel, measured_scales, own_logits
 from pagedlit.compute.quantize import E4M3, E4M3_MAX, HEADROOM, decode, encode, parts_of_256, scales_for, storage_dtype
@@ -53,7 +62,7 @@ def test_encode_rounds_to_nearest_even_and_saturates():
 def test_every_code_is_read_back(dtype):
     """NaN too, and without it, by the fast way and by the exact one; also where the codes do not lie side by side."""
     codes = torch.arange(256, dtype=torch.uint8)
-    for some in (codes, codes[:127], codes[128:255], codes[:127].view(127, 1).expand(127, 3), codes.view(16, 16)[:, :7]):
+    for some in (codes, codes[:127], codes[128:255], codes[128:], codes[:128], codes[:127].view(127, 1).expand(127, 3), codes.view(16, 16)[:, :7]):
         got = parts_of_256(some, torch.empty(some.shape, dtype=dtype), torch.empty(some.shape, dtype=torch.int16))
         expected = some.clone().view(E4M3).double()
         assert torch.equal((got.double() * 256).nan_to_num(7), expected.nan_to_num(7))
@@ -184,6 +193,23 @@ def test_opcheck(dims, options):
         torch.library.opcheck(torch.ops.pagedlit.paged_attention.default, (step.query, step.key, step.value, kv_cache, 0.3), options | scales)
 
 
+def test_the_op_hands_scales_on():
+    step = make_coded_step(CHUNKS)
+    for backend in BACKENDS:
+        with forward_context(step.metadata, backend):
+            out = paged_attention(step.query, step.key, step.value, [cache.clone() for cache in step.kv_cache], 0.3, None, None, None, *step.scales)
+        torch.testing.assert_close(out.double(), step.expected(), rtol=2e-5, atol=2e-5)
+    for pair in ((step.scales[0], None), (None, step.scales[1])):
+        with forward_context(step.metadata, "reference"), pytest.raises(ValueError, match="both K and V"):
+            paged_attention(step.query, step.key, step.value, step.kv_cache, 0.3, None, None, None, *pair)
+
+
+def test_layers_are_grouped_by_what_they_are_computed_in():
+    """Eight megabytes of float32 and not of codes: that is what has to stay in the processor's cache."""
+    kinds = [LayerKind.of(step.kv_cache, None, torch.float32) for step in (make_step([(3, 1)]), make_coded_step([(3, 1)]))]
+    assert kinds[0] == kinds[1] and kinds[0].row_bytes == 64
+
+
 def test_every_op_of_the_package_is_checked():
     """opcheck runs above and in test_attention on the one op that there is."""
     assert [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pagedlit::")] == ["pagedlit::paged_attention"]
@@ -293,6 +319,27 @@ def test_scales_depend_on_the_model_alone(case):
 def test_a_quarter_of_the_bytes():
     plain, coded = (LLM(num_blocks=64, kv_cache_dtype=name) for name in ("auto", "fp8"))
     assert plain.runner.kv_cache.num_bytes == 4 * coded.runner.kv_cache.num_bytes and plain.runner.kv_cache.scales is None
+
+
+def test_what_is_stored_is_the_models_own_k_and_v(case):
+    """In the first layer, which sees the same in both engines: within a sixteenth, or half a step at the lower end."""
+    model, prompts, _ = case
+    llms = [LLM(model, num_blocks=8, kv_cache_dtype=name, enable_prefix_caching=False) for name in ("auto", "fp8")]
+    blocks = []
+    for llm in llms:
+        seq = llm.engine.sequences[llm.engine.add_request(prompts[1], greedy(2))]
+        llm.engine.step()
+        blocks.append(list(seq.table.block_ids))
+    for exact, coded, scales in zip(split_kv(llms[0].runner.kv_cache.layers[0]), split_kv(llms[1].runner.kv_cache.layers[0]), llms[1].runner.kv_cache.scales[0]):
+        rows, codes = (part[ids].transpose(1, 2).flatten(0, 1)[: len(prompts[1])] for part, ids in ((exact, blocks[0]), (coded, blocks[1])))
+        assert ((decode(codes, scales) - rows).abs() <= (rows.abs() / 16).maximum(scales[:, None] * 2.0**-10) * 1.0001).all()
+
+
+def test_a_pool_is_sized_by_what_it_stores(monkeypatch):
+    seen = []
+    monkeypatch.setattr(model_runner, "blocks_that_fit", lambda layers, block_size, dtype, *others: seen.append(dtype) or 8)
+    model = random_model("llama")
+    assert [LLM(model, kv_cache_dtype=name).stats().num_blocks for name in ("auto", "fp8")] == [8, 8] and seen == [torch.float32, E4M3]
 
 
 def test_half_precision_models():

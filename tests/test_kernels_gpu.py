@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+from coded_steps import SCALES, make_coded_step, same_bits
 from test_attention import make_step, share
 
 from pagedlit.compute.attention import AttentionMetadata, get_backend
+from pagedlit.compute.kv_cache import KVCache, LayerSpec, torch_copier
+from pagedlit.memory.copy_on_write import BlockCopy
+from pagedlit.tiny import questions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -141,3 +146,45 @@ def test_shared_prefixes_in_e4m3(dtype):
     together, again = (paged_decode_shared(*step, lens, **options) for _ in range(2))
     assert torch.equal(together, again), "the same launches twice gave different bits"
     torch.testing.assert_close(together, paged_decode(*step, lens, **options), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_eight_bit_cache_holds_the_bits_of_a_cpu(dtype, lengths):
+    import pagedlit.compute.triton_backend  # noqa: F401
+
+    step = make_coded_step(lengths, SCALES, block_size=16, heads=(8, 2), dims=(64, 64), dtype=dtype)
+    cache, expected = [tensor.cuda() for tensor in step.kv_cache], [tensor.clone() for tensor in step.kv_cache]
+    tensors, scales = [x.cuda() for x in (step.query, step.key, step.value)], [scale.cuda() for scale in step.scales]
+    out = get_backend("triton")(*tensors, cache, on_gpu(step.metadata), 0.3, None, None, None, *scales)
+    torch.testing.assert_close(out.cpu().double(), step.expected(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    step.run_over(expected, "cpu")
+    assert same_bits([tensor.cpu() for tensor in cache], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_copies_in_all_layers(dtype):
+    from pagedlit.compute.triton_backend import BlockCopier
+
+    rng, specs = random.Random(0), [LayerSpec(2, 64, 64), LayerSpec(1, 24, 16), LayerSpec(2, 64, 64)]
+    pools = [KVCache(specs, 50, 16, dtype, "cuda", make_copier) for make_copier in (BlockCopier, torch_copier)]
+    for first, second in zip(*([tensor for layer in pool.layers for tensor in layer] for pool in pools)):
+        first.copy_(torch.randn(first.shape)), second.copy_(first)
+    copies = [BlockCopy(rng.randrange(50), dst, 16) for dst in rng.sample(range(50), 30)]
+    for pool in pools:
+        pool.apply_copies(copies)
+    assert all(same_bits(a, b) for a, b in zip(pools[0].layers, pools[1].layers))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_answers_of_the_shipped_model(kv_cache_dtype):
+    """On the device by the kernels, and by the reference on a CPU."""
+    from pagedlit.llm import LLM
+    from pagedlit.serving.sequence import SamplingParams
+
+    chats = [[{"role": "user", "content": each["question"]}] for each in questions()[:8]]
+    texts = []
+    for device, backend in (("cuda", "triton"), ("cpu", "reference")):
+        llm = LLM(dtype="float32", device=device, num_blocks=64, attention_backend=backend, kv_cache_dtype=kv_cache_dtype)
+        texts.append([each.outputs[0].text for each in llm.chat(chats, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)])
+    assert texts[0] == texts[1]
