@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .compute.model_runner import ModelRunner
 from .compute.quantize import storage_dtype
+from .compute.startup import Startup
 from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.eviction import get_eviction_policy
@@ -625,7 +626,7 @@ class LLM(BeamSearcher):
         enable_prefix_caching: bool = True,
         eviction_policy: str = "reuse-bonus",  # which idle block goes first: a name of `get_eviction_policy`
         attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
-        enforce_eager: bool = False,  # never compile or capture the model; today it always runs eagerly
+        enforce_eager: bool = False,  # on a GPU: neither compile the model nor record its decode steps
         async_scheduling: bool | None = None,  # plan a step while the one before runs; None = on a GPU
         seed: int = 0,  # of requests that bring none
     ) -> None:
@@ -633,10 +634,12 @@ class LLM(BeamSearcher):
         check_sizes(seed, sizes, {"num_blocks": num_blocks, "max_model_len": max_model_len, "max_prefill_chunk": max_prefill_chunk})
         policy, eviction, _ = get_policy(scheduling_policy), get_eviction_policy(eviction_policy), storage_dtype(kv_cache_dtype, torch.float32)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
-        self.runner = ModelRunner(self.model, block_size, num_blocks, memory_utilization, attention_backend, max_model_len, kv_cache_dtype)
+        startup = Startup(max_num_batched_tokens, max_num_seqs, enforce_eager)
+        pool = block_size, num_blocks, memory_utilization
+        self.runner = ModelRunner(self.model, *pool, attention_backend, max_model_len, kv_cache_dtype, startup.reserve)
+        startup.prepare(self.runner)
         cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, eviction, enable_prefix_caching)
-        limit = min((n for n in (max_model_len, self.runner.max_position) if n), default=None)
-        limits = max_num_batched_tokens, max_num_seqs, limit, eos_token_ids(self.model, tokenizer), max_prefill_chunk, policy
+        limits = max_num_batched_tokens, max_num_seqs, self.runner.max_position, eos_token_ids(self.model, tokenizer), max_prefill_chunk, policy
         super().__init__(engine_over(self.runner, cache, limits, seed, async_scheduling), tokenizer, self.runner.vocab_size)
 
     def stats(self) -> Stats:

@@ -49,7 +49,7 @@ def view_of(
         return torch.empty(0, dtype=dtype, device=device)
     return torch.frombuffer(numbers, dtype=dtype).to(device, non_blocking=True)
 
-# %% ../../nbs/10_attention.ipynb #5ab0c0df
+# %% ../../nbs/10_attention.ipynb #84a36f93
 SHARED_LEN = 256  # leading tokens that sequences must have in common before reading them together is considered
 
 
@@ -64,7 +64,7 @@ def count_sharers(
     block_ids = np.asarray(batch.block_tables, np.int32)[starts[is_long & is_decoding] + depth - 1]
     return len(block_ids) - len(np.unique(block_ids))
 
-# %% ../../nbs/10_attention.ipynb #a8cd869f
+# %% ../../nbs/10_attention.ipynb #5f399dd4
 @dataclass(eq=False)
 class AttentionMetadata:
     """Who is who in a step. `plans` keeps what backends work out from it once and use in every layer."""
@@ -105,7 +105,7 @@ class AttentionMetadata:
         slots: SlotIndex = self.plans["slots"]
         return slots
 
-# %% ../../nbs/10_attention.ipynb #beb76e53
+# %% ../../nbs/10_attention.ipynb #4223fa6e
 def visible(
     query_positions: Tensor,  # [M] int64
     key_positions: Tensor,  # [L] int64
@@ -116,7 +116,7 @@ def visible(
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
-# %% ../../nbs/10_attention.ipynb #7dad1d68
+# %% ../../nbs/10_attention.ipynb #49622900
 def dense_attention(
     query: Tensor,  # [M, Hq, Dk]: the last M tokens of a sequence
     key: Tensor,  # [L, Hkv, Dk]: the whole sequence
@@ -140,7 +140,7 @@ def dense_attention(
     weights = logits.softmax(dim=-1)[..., :num_keys]
     return torch.einsum("hml,lhd->mhd", weights, value)
 
-# %% ../../nbs/10_attention.ipynb #f96634d3
+# %% ../../nbs/10_attention.ipynb #d2469971
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, block_size: int) -> None:
     """Raises `ValueError` where the shapes cannot belong together."""
     if query.shape[1] % key.shape[1]:
@@ -159,11 +159,12 @@ def check_step(metadata: AttentionMetadata, num_blocks: int) -> None:
     if (metadata.seq_lens > room).any():
         s = int((metadata.seq_lens > room).nonzero()[0])
         raise ValueError(f"sequence {s} has {int(metadata.seq_lens[s])} tokens, its block table room for {int(room[s])}")
-    for name, numbers, limit in (("block", metadata.block_tables, num_blocks), ("slot", metadata.slot_mapping + 1, num_blocks * size + 1)):
+    block_ids = metadata.block_tables[: metadata.block_table_start[-1]]  # what stands behind is nobody's
+    for name, numbers, limit in (("block", block_ids, num_blocks), ("slot", metadata.slot_mapping + 1, num_blocks * size + 1)):
         if wrong := numbers[(numbers < 0) | (numbers >= limit)].tolist():
             raise ValueError(f"{name} {wrong[0] - (name == 'slot')} is not in a pool of {num_blocks} blocks of {size} slots")
 
-# %% ../../nbs/10_attention.ipynb #54e7f11d
+# %% ../../nbs/10_attention.ipynb #62970725
 def paged_attention_reference(
     query: Tensor,  # [T, Hq, Dk]
     key: Tensor,  # [T, Hkv, Dk]
@@ -194,7 +195,7 @@ def paged_attention_reference(
         out[rows[s] : rows[s + 1]] = dense_attention(q, k, v, scale, sliding_window, softcap, sinks).to(out.dtype)
     return out
 
-# %% ../../nbs/10_attention.ipynb #cb2be1e7
+# %% ../../nbs/10_attention.ipynb #6cd7bee7
 def padded_block_tables(
     metadata: AttentionMetadata,
     fill: int = -1,  # what stands behind a sequence's last block
@@ -207,7 +208,7 @@ def padded_block_tables(
     tables = metadata.block_tables[torch.where(inside, places, 0)] if inside.any() else places.int()
     return tables.masked_fill_(~inside, fill)
 
-# %% ../../nbs/10_attention.ipynb #ca910501
+# %% ../../nbs/10_attention.ipynb #105ad9e5
 class Formula(NamedTuple):
     """How a layer gets from products to weights."""
 
@@ -240,7 +241,7 @@ def attend(
     weighed: Tensor = out * torch.sigmoid(logsumexp - formula.sinks)[..., None].to(out.dtype)
     return weighed
 
-# %% ../../nbs/10_attention.ipynb #8d1e52f3
+# %% ../../nbs/10_attention.ipynb #03a06e80
 def attend_unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, formula: Formula) -> Tensor:
     """As `attend`, in float32 or wider; query heads that share a KV head are stacked as rows of one product."""
     wide, num_keys = torch.promote_types(query.dtype, torch.float32), key.shape[2]
@@ -255,7 +256,7 @@ def attend_unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     weights = logits.softmax(dim=-1)[..., :num_keys].reshape(*rows.shape[:3], num_keys)
     return (weights @ value.to(wide)).view(*query.shape[:3], -1).to(query.dtype)
 
-# %% ../../nbs/10_attention.ipynb #61f21659
+# %% ../../nbs/10_attention.ipynb #b7facd4a
 TILE_ROWS = 256  # query rows of a chunk that go through attention together
 
 
@@ -287,7 +288,7 @@ def attend_chunk(
         mask = causal_mask(stop - start, seen.stop - seen.start, window, query.dtype)
         out[:, :, start:stop] = attend(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], mask, formula)
 
-# %% ../../nbs/10_attention.ipynb #83bb0132
+# %% ../../nbs/10_attention.ipynb #88dff869
 class LayerKind(NamedTuple):
     """What a plan depends on, besides the step. Layers of one kind share their plan."""
 
@@ -317,7 +318,7 @@ class Group:
     mask: Tensor | None = None  # [n, 1, 1, num_keys] additive
     stale: Tensor | None = None  # gathered token rows that nobody wrote, to be cleared
 
-# %% ../../nbs/10_attention.ipynb #49d81f2d
+# %% ../../nbs/10_attention.ipynb #0caedfaf
 class Reach(NamedTuple):
     """The part of each sequence that its rows can see; arrays [S] int64."""
 
@@ -337,7 +338,7 @@ class Reach(NamedTuple):
         num_keys = seq_lens - first_key // size * size
         return cls(query_lens, first_key // size, -(-num_keys // size), num_keys, first_key % size)
 
-# %% ../../nbs/10_attention.ipynb #b6e7fe34
+# %% ../../nbs/10_attention.ipynb #e696fd5e
 def cache_rows(metadata: AttentionMetadata, reach: Reach, seqs: np.ndarray, heads: slice, kind: LayerKind) -> Tensor:
     """Rows of (block, head) for `seqs` [n]: [2, n, heads, blocks] int32, K then V; [1, ..] where they have tensors of their own."""
     begin = (metadata.block_table_start.numpy()[seqs] + reach.first_block[seqs])[:, None]
@@ -347,7 +348,7 @@ def cache_rows(metadata: AttentionMetadata, reach: Reach, seqs: np.ndarray, head
     rows = blocks * np.int32(kind.num_kv_heads) + np.arange(heads.start, heads.stop, dtype=np.int32)[:, None]
     return torch.from_numpy(np.stack([rows * 2, rows * 2 + 1]) if kind.interleaved else rows[None])
 
-# %% ../../nbs/10_attention.ipynb #4c3fe1b5
+# %% ../../nbs/10_attention.ipynb #e725d2f6
 def stale_rows(reach: Reach, seqs: np.ndarray, num_heads: int, block_size: int) -> Tensor | None:
     """Gathered token rows [n] int64, before the group's longest end, that come from slots behind a sequence's end."""
     num_keys, num_blocks = reach.num_keys[seqs, None], reach.num_blocks[seqs, None]
@@ -368,7 +369,7 @@ def group_mask(reach: Reach, seqs: np.ndarray, dtype: torch.dtype) -> Tensor | N
         return None
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)[:, None, None]
 
-# %% ../../nbs/10_attention.ipynb #a0f8df80
+# %% ../../nbs/10_attention.ipynb #2661db76
 WORKSPACE_BYTES = 8 * 2**20  # K and V that are gathered together: well within a processor's last-level cache
 
 
@@ -390,7 +391,7 @@ def head_ranges(num_heads: int, num_blocks: int, max_blocks: int) -> list[slice]
     step = min(num_heads, max(1, num_heads * max_blocks // num_blocks))
     return [slice(h, min(h + step, num_heads)) for h in range(0, num_heads, step)]
 
-# %% ../../nbs/10_attention.ipynb #823dd21b
+# %% ../../nbs/10_attention.ipynb #5f02d0d1
 def rows_of(starts: np.ndarray) -> slice | Tensor:
     """One query row for each sequence: a slice where they lie side by side."""
     if starts[-1] - starts[0] == len(starts) - 1:
@@ -427,7 +428,7 @@ def plan_for(metadata: AttentionMetadata, kind: LayerKind) -> list[Group]:
     plan: list[Group] = metadata.plans[kind]
     return plan
 
-# %% ../../nbs/10_attention.ipynb #2e58a780
+# %% ../../nbs/10_attention.ipynb #6e88b3af
 class Workspace(threading.local):
     """One buffer for each dtype (and thread), reused by every group of every layer."""
 
@@ -459,7 +460,7 @@ def gather_group(group: Group, kv_cache: Sequence[Tensor], workspace: Workspace)
             part.view(-1, part.shape[-1]).index_fill_(0, group.stale, 0)
     return key[:, :, : group.num_keys], value[:, :, : group.num_keys]
 
-# %% ../../nbs/10_attention.ipynb #0b25859c
+# %% ../../nbs/10_attention.ipynb #b22b212a
 def as_numbers(key: Tensor, value: Tensor, dtype: torch.dtype, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """256th parts of what the codes of a group's K and V stand for, in the workspace."""
     sizes = key.numel(), value.numel()
@@ -483,7 +484,7 @@ def keys_and_values(
         pair = gather_group(group, kv_cache, workspace)
     return as_numbers(*pair, dtype, workspace) if kv_cache[0].dtype == E4M3 else pair
 
-# %% ../../nbs/10_attention.ipynb #8d20992b
+# %% ../../nbs/10_attention.ipynb #93001e4f
 class CPUBackend:
     """Paged attention with torch's CPU kernels: one plan a step, and K and V gathered in groups that stay in the cache."""
 
@@ -524,7 +525,7 @@ class CPUBackend:
                 out[part] = attend(query[part], k, v, group.mask, formula)
         return (out * units(value_scales)).to(out.dtype).flatten(1, 2) if is_coded else out.flatten(1, 2)
 
-# %% ../../nbs/10_attention.ipynb #9e937167
+# %% ../../nbs/10_attention.ipynb #cbd5b0d3
 class AttentionBackend(Protocol):
     """Anything with the signature of `paged_attention_reference`: writes the step's K and V, then attends."""
 
@@ -562,7 +563,7 @@ def get_backend(name: str) -> AttentionBackend:
 register_backend("reference", paged_attention_reference)
 register_backend("cpu", CPUBackend())
 
-# %% ../../nbs/10_attention.ipynb #c3b59797
+# %% ../../nbs/10_attention.ipynb #67e6e873
 class ForwardContext(NamedTuple):
     """What the op needs to know beyond its arguments."""
 
@@ -600,7 +601,7 @@ def current_context() -> ForwardContext:
         raise RuntimeError("paged_attention was called outside `with forward_context(metadata, backend):`")
     return _stack.contexts[-1]
 
-# %% ../../nbs/10_attention.ipynb #5c0de3d2
+# %% ../../nbs/10_attention.ipynb #8b872464
 def _paged_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: list[Tensor], scale: float,
     sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
@@ -629,7 +630,7 @@ if not hasattr(torch.ops.pagedlit, "paged_attention"):  # once in a process: thi
     _library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
     torch.library.register_fake("pagedlit::paged_attention", _paged_attention_fake, lib=_library)
 
-# %% ../../nbs/10_attention.ipynb #2e6440c7
+# %% ../../nbs/10_attention.ipynb #25db9755
 def paged_attention(
     query: Tensor,  # [T, Hq, Dk]
     key: Tensor,  # [T, Hkv, Dk]: K of the T new tokens

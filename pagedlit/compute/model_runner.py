@@ -16,11 +16,11 @@ from __future__ import annotations
 import inspect
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,10 @@ from ..serving.sequence import SamplingParams, Sequence
 # %% auto #0
 __all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward',
            'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows',
-           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'ModelRunner', 'HostCopy',
-           'LaunchedStep', 'paged_layers', 'known_tokens', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits',
-           'own_logits', 'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of',
-           'checked_layers']
+           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'Switch', 'Shortcut',
+           'ModelRunner', 'HostCopy', 'LaunchedStep', 'paged_layers', 'known_tokens', 'model_logits', 'step_logits',
+           'probe_tokens', 'small_cache', 'paged_logits', 'own_logits', 'relative_error', 'check_logits',
+           'measured_scales', 'in_float32', 'layers_of', 'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -248,7 +248,21 @@ def backend_for(device: torch.device, name: str) -> AttentionBackend:
         import_module("pagedlit.compute.triton_backend")
     return get_backend(name if name != "auto" else "cpu" if device.type == "cpu" else "reference")
 
-# %% ../../nbs/13_model_runner.ipynb #de5f90c5
+# %% ../../nbs/13_model_runner.ipynb #b5da4f5f
+class Switch(Protocol):
+    """Makes a model faster for the length of a step."""
+
+    def on(self) -> AbstractContextManager[None]: ...
+
+
+class Shortcut(Protocol):
+    """Another way to the logits of some batches."""
+
+    def takes(self, batch: ForwardBatch) -> bool: ...
+
+    def __call__(self, batch: ForwardBatch, sampled: Tensor) -> Tensor: ...  # [R + P, V]; `sampled` as in `known_tokens`
+
+# %% ../../nbs/13_model_runner.ipynb #e81220ee
 class ModelRunner:
     """The `Runner` that holds a real model and the pool's tensors."""
 
@@ -261,6 +275,7 @@ class ModelRunner:
         attention_backend: str = "auto",  # a registered backend's name; "auto" = the fastest for the device
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model allows
         kv_cache_dtype: str = "auto",  # as the model computes, or "fp8": eight bits, with a scale for each head
+        reserve: Callable[[ModelRunner], int] | None = None,  # on a GPU: bytes that steps need beside the pool, measured before it is made
     ) -> None:
         """Raises `UnsupportedModel`, `NoRoomForCache`, or `ValueError` for an unknown name."""
         self.model, self.device, self.block_size = model.eval(), model.device, block_size
@@ -271,12 +286,15 @@ class ModelRunner:
         self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
         self.detour, self.linears = Detour(model), FastLinears(model)
         self.sampled = torch.empty(0, dtype=torch.long, device=self.device)  # [R] token ids of the last step, where they were computed
+        self.compiled: Switch | None = None  # in the place of `linears`
+        self.shortcut: Shortcut | None = None  # in the place of `step_logits`
         self.calls = checked_layers(self, max_model_len)
         specs = [call.spec for call in self.calls]
-        dtype, make_copier = storage_dtype(kv_cache_dtype, model.dtype), getattr(self.backend, "make_copier", torch_copier)
-        scales = measured_scales(self) if dtype == E4M3 else None
-        self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, dtype, self.device, memory_utilization)
-        self.kv_cache = KVCache(specs, self.num_blocks, block_size, dtype, self.device, make_copier, scales)
+        self.cache_dtype, make_copier = storage_dtype(kv_cache_dtype, model.dtype), getattr(self.backend, "make_copier", torch_copier)
+        self.scales = measured_scales(self) if self.cache_dtype == E4M3 else None
+        reserved = reserve(self) if reserve and not num_blocks else 0
+        self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, self.cache_dtype, self.device, memory_utilization, reserved)
+        self.kv_cache = KVCache(specs, self.num_blocks, block_size, self.cache_dtype, self.device, make_copier, self.scales)
         self.layers = paged_layers(self.calls, self.kv_cache)
         self.num_copies = 0  # blocks copied on write so far
 
@@ -284,7 +302,8 @@ class ModelRunner:
         """Copy blocks, run the model once, sample one token for each of the batch's `logits_rows`, and wait for nothing of it."""
         self.kv_cache.apply_copies(batch.copies)
         self.num_copies += len(batch.copies)
-        logits = step_logits(self, self.layers, batch)
+        shortcut = self.shortcut if self.shortcut and self.shortcut.takes(batch) else None
+        logits = shortcut(batch, self.sampled) if shortcut else step_logits(self, self.layers, batch)
         self.sampled = sample(logits[: len(batch.sampling)], batch.sampling, batch.seeds, batch.output_lens, batch.histories)
         return LaunchedStep(batch, logits, self.sampled)
 
@@ -292,7 +311,7 @@ class ModelRunner:
         """Submit a step, and wait for it. A bad row is an error in the output."""
         return self.submit(batch).result()
 
-# %% ../../nbs/13_model_runner.ipynb #a2dc562a
+# %% ../../nbs/13_model_runner.ipynb #a4d428bb
 class HostCopy:
     """A tensor on its way to the host: from a GPU into pinned memory, while the GPU goes on."""
 
@@ -309,7 +328,7 @@ class HostCopy:
             self.arrived.synchronize()
         return self.tensor.cpu()
 
-# %% ../../nbs/13_model_runner.ipynb #ea04b51a
+# %% ../../nbs/13_model_runner.ipynb #c01a0ff8
 class LaunchedStep:
     """What a step will have brought: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R], on the device."""
 
@@ -334,7 +353,7 @@ class LaunchedStep:
         logprobs = {r: each for r, each in zip(self.num_tops, rated) if r not in errors}
         return RunnerOutput(ids, logprobs, rated[len(self.num_tops) :], errors)
 
-# %% ../../nbs/13_model_runner.ipynb #b8faa40c
+# %% ../../nbs/13_model_runner.ipynb #1c2e6015
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
     """Each attention module with its part of a cache."""
     scales = [(None, None)] * len(calls) if kv_cache.scales is None else [tuple(each) for each in kv_cache.scales]
@@ -352,21 +371,33 @@ def known_tokens(
 
 
 @torch.inference_mode()
+def model_logits(
+    runner: ModelRunner,
+    layers: list[tuple[nn.Module, PagedLayer]],
+    metadata: AttentionMetadata,
+    token_ids: Tensor,  # [T] int64
+    positions: Tensor,  # [T] int64
+    rows: Tensor | None = None,  # [R] int64: rows whose logits are wanted; None = all
+) -> Tensor:  # [R or T, V]
+    """Run the model once over T rows, in the model's dtype. The host reads nothing that is on the device."""
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
+    keep = {"logits_to_keep": rows} if runner.takes_rows and rows is not None else {}
+    faster = runner.compiled or runner.linears
+    with forward_context(metadata, runner.backend), runner.detour.to(layers), faster.on():
+        output = runner.model(input_ids=token_ids[None], position_ids=positions[None], attention_mask=no_mask, use_cache=False, **keep)
+    logits: Tensor = output.logits[0]
+    return logits if runner.takes_rows or rows is None else logits[rows]
+
+
 def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R + P, V]
-    """Run the model over a batch and keep the logits of its `logits_rows` and `prompt_rows`, in the model's dtype."""
+    """The logits of a batch's `logits_rows` and `prompt_rows`."""
     wanted = batch.logits_rows + batch.prompt_rows
     token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, wanted))
     if min(batch.token_ids) < 0:  # planned before the step before it was known: chapter 7, "Planning ahead"
         token_ids = known_tokens(token_ids, runner.sampled)
-    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=runner.device)
-    keep = {"logits_to_keep": rows} if runner.takes_rows else {}
-    metadata = AttentionMetadata.from_batch(batch, runner.device)
-    with forward_context(metadata, runner.backend), runner.detour.to(layers), runner.linears.on():
-        output = runner.model(input_ids=token_ids[None], position_ids=positions[None], attention_mask=no_mask, use_cache=False, **keep)
-    logits: Tensor = output.logits[0]
-    return logits if runner.takes_rows else logits[rows]
+    return model_logits(runner, layers, AttentionMetadata.from_batch(batch, runner.device), token_ids, positions, rows)
 
-# %% ../../nbs/13_model_runner.ipynb #a34ca901
+# %% ../../nbs/13_model_runner.ipynb #c3466a38
 PROBE_LENS = (7, 5)  # tokens of the two sequences of the self-check
 
 
@@ -396,7 +427,7 @@ def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array
         logits = step_logits(runner, layers, batch)
     return logits.float()
 
-# %% ../../nbs/13_model_runner.ipynb #021ba3aa
+# %% ../../nbs/13_model_runner.ipynb #d8a5d2b9
 @torch.inference_mode()
 def own_logits(model: PreTrainedModel, probes: list[array[int]], first: int | None = None) -> Tensor:  # [S, V] float32
     """The logits after each sequence by the model's own forward, its positions counted from `first`, or as it likes."""
@@ -430,7 +461,7 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
 
-# %% ../../nbs/13_model_runner.ipynb #13a89dbd
+# %% ../../nbs/13_model_runner.ipynb #3704dcdf
 CALIBRATION_LENS = (256, 128)  # tokens of the two sequences whose K and V set the scales of an eight-bit cache
 
 
@@ -444,7 +475,7 @@ def measured_scales(runner: ModelRunner) -> list[Tensor]:  # of each layer [2, H
     paged_logits(runner, runner.calls, probes, kv_cache)
     return [head_scales(*split_kv(layer)) for layer in kv_cache.layers]
 
-# %% ../../nbs/13_model_runner.ipynb #5eee7eed
+# %% ../../nbs/13_model_runner.ipynb #f1f07ac7
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 

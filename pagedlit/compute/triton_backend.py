@@ -138,6 +138,10 @@ class TritonBackend:
     def __init__(self) -> None:
         self.scratch, self.make_copier = Scratch(), BlockCopier
 
+    def recorded_memory(self) -> object:
+        """What a recorded step goes on using, and whoever has the recording holds. (A backend that has this can be recorded.)"""
+        return dict(self.scratch.buffers)
+
     def __call__(
         self,
         query: Tensor,  # [T, Hq, Dk]

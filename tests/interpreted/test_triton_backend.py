@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import CHUNKS, DECODES, OPTIONS, make_step, share
+from test_graphs import decodes, poison
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pagedlit.compute import attention, triton_backend
-from pagedlit.compute.attention import forward_context, get_backend, paged_attention
+from pagedlit.compute.attention import AttentionMetadata, forward_context, get_backend, paged_attention, paged_attention_reference
 from pagedlit.compute.kv_cache import write_kv
+from pagedlit.compute.static_batch import StaticBatch
 from pagedlit.compute.triton_backend import StepPlan, plan_prefixes
 from pagedlit.kernels import cascade
 from pagedlit.llm import LLM
@@ -46,6 +48,35 @@ def test_layers_of_a_kind_share_a_plan():
     for options in ({}, {}, {"sliding_window": 5}, {"softcap": 2.0}):
         step.run("triton", **options)
     assert len(step.metadata.plans) == 2
+
+
+def test_recorded_memory_is_what_the_next_step_writes_to_until_it_is_outgrown():
+    step, larger = make_step([(30, 1), (3, 1)]), make_step([(9, 1)] * 3, heads=(32, 2), dims=(64, 64))
+    backend = get_backend("triton")
+    step.run("triton")
+    (kept,) = backend.recorded_memory().values()
+    step.run("triton")
+    assert backend.scratch.buffers[step.query.device] is kept
+    larger.run("triton")
+    assert backend.scratch.buffers[step.query.device] is not kept and not kept.arrivals.any()
+
+
+def test_a_static_batch_gives_what_the_batch_gives_and_zeros():
+    """Padding, garbage behind the tables and in all buffers, and a plan that follows the lengths."""
+    static, generator = StaticBatch(8, 64, 4, max_seq_len=32), torch.Generator().manual_seed(0)
+    cache = torch.randn(64, 2, 2, 4, 8, generator=generator)
+    for lengths in ([3, 9, 1], [16, 1, 2, 7, 5], [4]):
+        batch = decodes(lengths, seed=len(lengths))
+        poison(static)
+        size = static.fill(batch)
+        rows = [torch.randn(size, heads, 8, generator=generator) for heads in (4, 2, 2)]
+        want_cache, got_cache = cache.clone(), cache.clone()
+        metadata = AttentionMetadata.from_batch(batch)
+        want = paged_attention_reference(*(x[: len(lengths)] for x in rows), [want_cache], metadata, 0.35, sliding_window=6)
+        static.steps[size].plans.clear()
+        got = get_backend("triton")(*rows, [got_cache], static.steps[size], 0.35, sliding_window=6)
+        torch.testing.assert_close(got[: len(lengths)], want, rtol=2e-5, atol=2e-5)
+        assert not got[len(lengths) :].any() and torch.equal(got_cache, want_cache)
 
 
 def test_layers_of_different_sizes_share_the_scratch():
