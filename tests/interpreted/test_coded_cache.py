@@ -10,11 +10,11 @@ from coded_steps import SCALES, make_coded_step, same_bits
 from test_attention import CHUNKS, DECODES, OPTIONS
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pagedlit.compute import model_runner
+from pagedlit.compute import model_runner, triton_backend
 from pagedlit.compute.attention import forward_context
 from pagedlit.compute.kv_cache import KVCache, LayerSpec, torch_copier
 from pagedlit.compute.quantize import E4M3
-from pagedlit.compute.triton_backend import BlockCopier
+from pagedlit.compute.triton_backend import BlockCopier, StepPlan
 from pagedlit.llm import LLM
 from pagedlit.memory.copy_on_write import BlockCopy
 from pagedlit.serving.sequence import SamplingParams
@@ -30,6 +30,19 @@ def test_equals_the_oracle_and_writes_the_same_bits(options, lengths, scales):
     for out in outs:
         torch.testing.assert_close(out, step.expected(**options), rtol=2e-5, atol=2e-5)
     assert same_bits(*caches)
+
+
+def test_prefixes_are_read_together(monkeypatch):
+    """Three decodes begin with the same 256 tokens: read once for all, with the scales of each head."""
+    monkeypatch.setattr(triton_backend, "tokens_that_pay", lambda *cache: 1)
+    step = make_coded_step([(300, 1), (290, 1), (280, 1)], block_size=16, dims=(16, 16))
+    metadata = step.metadata
+    for start in metadata.block_table_start[1:3].tolist():
+        metadata.block_tables[start : start + 16] = metadata.block_tables[:16]
+    expected, metadata.num_sharers = step.run("cpu"), 3
+    torch.testing.assert_close(step.run("triton"), expected, rtol=2e-5, atol=2e-6)
+    [plan] = [plan for plan in metadata.plans.values() if isinstance(plan, StepPlan)]
+    assert plan.prefix is not None and plan.prefix.items[0, 3] == 256
 
 
 def test_the_same_bits_at_every_edge_of_the_format():
