@@ -121,9 +121,10 @@ def share(step: Step, leader: int, others: list[int], num_blocks: int) -> None:
     first = metadata.block_table_start.tolist()
     for s in others:
         own, shared = (metadata.block_tables[first[i] : first[i] + num_blocks] for i in (s, leader))
-        for tensor in step.kv_cache:
-            tensor[own[own != shared].long()] = torch.nan
+        before = own.long()
         own.copy_(shared)
+        for tensor in step.kv_cache:
+            tensor[before[~torch.isin(before, metadata.block_tables)]] = torch.nan
         for per_seq in (step.keys, step.values):
             per_seq[s][:num_tokens] = per_seq[leader][: min(num_tokens, len(per_seq[s]))]
 
