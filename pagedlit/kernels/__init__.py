@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache_write import copy_blocks, write_kv
+    from .cascade import paged_decode_shared
     from .decode import DecodeConfig, paged_decode
     from .extend import ExtendConfig, paged_extend
 
-__all__ = ["DecodeConfig", "ExtendConfig", "copy_blocks", "paged_decode", "paged_extend", "write_kv"]
+__all__ = ["DecodeConfig", "ExtendConfig", "copy_blocks", "paged_decode", "paged_decode_shared", "paged_extend", "write_kv"]
 
 _MODULES = {
     "copy_blocks": "cache_write", "write_kv": "cache_write", "DecodeConfig": "decode", "paged_decode": "decode",
-    "ExtendConfig": "extend", "paged_extend": "extend",
+    "paged_decode_shared": "cascade", "ExtendConfig": "extend", "paged_extend": "extend",
 }  # fmt: skip
 
 
