@@ -170,7 +170,10 @@ def test_the_pool_gets_what_the_measured_step_and_recordings_leave(runner):
 
 def test_compiled_for_what_is_to_come():
     """Neither other numbers of rows nor another pool have layers compiled again, whatever sizes are equal by accident."""
-    [model] = models("llama", 1)
+    torch.compiler.reset()  # the compiler remembers which sizes of a function have varied
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers, config.num_key_value_heads = 1, 4
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     backend, runner = Counting(), ModelRunner(model, block_size=16, num_blocks=16)
     runner.compiled = startup_module.compiled_layers(runner, backend)
     num_graphs = backend.num_graphs
@@ -241,12 +244,14 @@ def test_layers_are_compiled_on_a_gpu_unless_told_otherwise(monkeypatch):
     class OnGpu:
         device, compiled = torch.device("cuda"), None
 
-    monkeypatch.setattr(startup_module, "compiled_layers", lambda runner, backend: backend)
+    calls = []
+    monkeypatch.setattr(startup_module, "compiled_layers", lambda runner, backend: calls.append(backend) or backend)
     for startup, want in ((Startup(16, 4), "inductor"), (Startup(16, 4, True), None), (Startup(16, 4, compile_model=False), None)):
         OnGpu.compiled = None
         startup.compile(OnGpu)
         startup.compile(OnGpu)
         assert OnGpu.compiled == want
+    assert calls == ["inductor"], "once"
 
 
 def test_the_gpu_meter_reads_the_allocator(monkeypatch):
