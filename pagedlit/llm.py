@@ -31,7 +31,7 @@ from .compute.startup import Startup
 from .compute.text import Answer, named
 from .memory.allocator import BlockAllocator
 from .memory.eviction import get_eviction_policy
-from .memory.prefix_cache import PrefixCache
+from .memory.prefix_cache import EvictionPolicy, PrefixCache
 from .serving.ahead import AheadEngine, AheadScheduler
 from .serving.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .serving.engine import Engine
@@ -46,8 +46,8 @@ __all__ = ['Prompt', 'PROMPT_FIELDS', 'Params', 'tokenize', 'encode', 'check_tok
            'CompletionOutput', 'RequestMetrics', 'RequestOutput', 'Request', 'completion', 'prompt_logprobs',
            'Finished', 'uninterrupted', 'MailRoom', 'deliver', 'new_id', 'end', 'stop_at_strings', 'LLMEngine', 'serve',
            'begin_or_reject', 'pair_up', 'PromptServer', 'begin_search', 'spelled', 'BeamSearcher', 'check_sizes',
-           'as_dtype', 'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'engine_over', 'stats_of',
-           'LLM']
+           'as_dtype', 'load_model', 'move_model', 'resolve', 'eos_token_ids', 'Stats', 'stats_of', 'start_runner',
+           'engine_over', 'LLM']
 
 # %% ../nbs/14_llm.ipynb #b2aab861
 Prompt = str | list[int] | dict[str, Any]  # text, ids, {"prompt": text}, {"prompt_token_ids": ids} or {"messages": a conversation}
@@ -587,13 +587,6 @@ class Stats:
         return 1 - self.num_free_blocks / self.num_blocks
 
 
-def engine_over(runner: ModelRunner, cache: PrefixCache, limits: tuple[Any, ...], seed: int, plans_ahead: bool | None) -> Engine:
-    """An engine for a model; on a GPU, or where it is asked for, one that plans ahead."""
-    if runner.device.type == "cuda" if plans_ahead is None else plans_ahead:
-        return AheadEngine(runner, AheadScheduler(cache, *limits), seed)
-    return Engine(runner, Scheduler(cache, *limits), seed)
-
-
 def stats_of(scheduler: Scheduler, num_copies: int, finished: Finished) -> Stats:
     """A snapshot."""
     cache = scheduler.cache
@@ -603,7 +596,26 @@ def stats_of(scheduler: Scheduler, num_copies: int, finished: Finished) -> Stats
         num_copies=num_copies, **vars(finished),
     )
 
-# %% ../nbs/14_llm.ipynb #366d9f38
+# %% ../nbs/14_llm.ipynb #a2fb3975
+def start_runner(
+    model: PreTrainedModel,
+    startup: Startup,
+    settings: tuple[int, int | None, float, str, int | None, str],  # of the runner: block_size and what follows, up to kv_cache_dtype
+) -> ModelRunner:
+    """A runner that is ready for its first step."""
+    runner = ModelRunner(model, *settings, reserve=startup.reserve)
+    startup.prepare(runner)
+    return runner
+
+
+def engine_over(runner: ModelRunner, caching: tuple[EvictionPolicy, bool], limits: tuple[Any, ...], seed: int, plans_ahead: bool | None) -> Engine:
+    """An engine for a model; on a GPU, or where it is asked for, one that plans ahead."""
+    cache = PrefixCache(BlockAllocator(runner.num_blocks), runner.block_size, *caching)
+    if runner.device.type == "cuda" if plans_ahead is None else plans_ahead:
+        return AheadEngine(runner, AheadScheduler(cache, *limits), seed)
+    return Engine(runner, Scheduler(cache, *limits), seed)
+
+# %% ../nbs/14_llm.ipynb #7116242b
 class LLM(BeamSearcher):
     """A model behind a paged KV cache, a prefix cache and continuous batching."""
 
@@ -625,7 +637,7 @@ class LLM(BeamSearcher):
         max_model_len: int | None = None,  # tokens of prompt and answer together; None = what the model and the pool allow
         enable_prefix_caching: bool = True,
         eviction_policy: str = "reuse-bonus",  # which idle block goes first: a name of `get_eviction_policy`
-        attention_backend: str = "auto",  # "reference", "cpu", or "auto" for the fastest that the device can run
+        attention_backend: str = "auto",  # "reference", "cpu", "triton", or "auto": on a GPU the kernels, if they agree with the reference there
         enforce_eager: bool = False,  # on a GPU: neither compile the model nor record its decode steps
         async_scheduling: bool | None = None,  # plan a step while the one before runs; None = on a GPU
         seed: int = 0,  # of requests that bring none
@@ -634,13 +646,10 @@ class LLM(BeamSearcher):
         check_sizes(seed, sizes, {"num_blocks": num_blocks, "max_model_len": max_model_len, "max_prefill_chunk": max_prefill_chunk})
         policy, eviction, _ = get_policy(scheduling_policy), get_eviction_policy(eviction_policy), storage_dtype(kv_cache_dtype, torch.float32)
         self.model, tokenizer = resolve(model, tokenizer, dtype, device)
-        startup = Startup(max_num_batched_tokens, max_num_seqs, enforce_eager)
-        pool = block_size, num_blocks, memory_utilization
-        self.runner = ModelRunner(self.model, *pool, attention_backend, max_model_len, kv_cache_dtype, startup.reserve)
-        startup.prepare(self.runner)
-        cache = PrefixCache(BlockAllocator(self.runner.num_blocks), block_size, eviction, enable_prefix_caching)
+        settings = block_size, num_blocks, memory_utilization, attention_backend, max_model_len, kv_cache_dtype
+        self.runner = start_runner(self.model, Startup(max_num_batched_tokens, max_num_seqs, enforce_eager), settings)
         limits = max_num_batched_tokens, max_num_seqs, self.runner.max_position, eos_token_ids(self.model, tokenizer), max_prefill_chunk, policy
-        super().__init__(engine_over(self.runner, cache, limits, seed, async_scheduling), tokenizer, self.runner.vocab_size)
+        super().__init__(engine_over(self.runner, (eviction, enable_prefix_caching), limits, seed, async_scheduling), tokenizer, self.runner.vocab_size)
 
     def stats(self) -> Stats:
         """What is going on, and what has been done since the start."""

@@ -14,12 +14,14 @@ nothing of the pool attached, so that it may serve several runners and its own `
 from __future__ import annotations
 
 import inspect
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
+from sys import maxsize
 from typing import Any, Protocol
 
 import torch
@@ -39,12 +41,13 @@ from ..serving.scheduler import ForwardBatch, RunnerOutput
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
-__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'UnsupportedModel', 'attention_forward',
-           'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits', 'shown_window', 'settle_windows',
-           'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer', 'backend_for', 'Switch', 'Shortcut',
-           'ModelRunner', 'HostCopy', 'LaunchedStep', 'paged_layers', 'known_tokens', 'model_logits', 'step_logits',
-           'probe_tokens', 'small_cache', 'paged_logits', 'own_logits', 'relative_error', 'check_logits',
-           'measured_scales', 'in_float32', 'layers_of', 'checked_layers']
+__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'TRIAL_LENS', 'TRIAL_ENDS', 'MAX_COPIED_WEIGHTS',
+           'UnsupportedModel', 'attention_forward', 'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits',
+           'shown_window', 'settle_windows', 'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer',
+           'backend_for', 'Switch', 'Shortcut', 'PagedModel', 'ModelRunner', 'HostCopy', 'LaunchedStep', 'paged_layers',
+           'known_tokens', 'model_logits', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits', 'own_logits',
+           'relative_error', 'check_logits', 'measured_scales', 'trial_error', 'trusted_backend', 'in_float32',
+           'layers_of', 'checked_layers']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -243,7 +246,7 @@ class PagedLayer:
 
 # %% ../../nbs/13_model_runner.ipynb #f26d704d
 def backend_for(device: torch.device, name: str) -> AttentionBackend:
-    """An attention backend by name, or for "auto" the fastest that has been checked on such a device. Raises `ValueError` for an unknown name."""
+    """An attention backend by name, or for "auto" one that is right on any such device. Raises `ValueError` for an unknown name."""
     if name == "triton":
         import_module("pagedlit.compute.triton_backend")
     return get_backend(name if name != "auto" else "cpu" if device.type == "cpu" else "reference")
@@ -262,8 +265,36 @@ class Shortcut(Protocol):
 
     def __call__(self, batch: ForwardBatch, sampled: Tensor) -> Tensor: ...  # [R + P, V]; `sampled` as in `known_tokens`
 
-# %% ../../nbs/13_model_runner.ipynb #e81220ee
-class ModelRunner:
+# %% ../../nbs/13_model_runner.ipynb #cdeff82f
+class PagedModel:
+    """A model that has passed all checks, and all that its steps need but the pool."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # on its device, in its dtype
+        block_size: int,  # tokens a block
+        attention_backend: str,
+        max_model_len: int | None,
+        kv_cache_dtype: str,
+    ) -> None:
+        self.model, self.device, self.block_size = model.eval(), model.device, block_size
+        self.backend = backend_for(self.device, attention_backend)
+        self.takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        config = model.config.get_text_config(decoder=True)
+        limits = (max_model_len, getattr(config, "max_position_embeddings", None))
+        self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
+        self.detour, self.linears = Detour(model), FastLinears(model)
+        self.sampled = torch.empty(0, dtype=torch.long, device=self.device)  # [R] token ids of the last step, where they were computed
+        self.compiled: Switch | None = None  # in the place of `linears`
+        self.shortcut: Shortcut | None = None  # in the place of `step_logits`
+        self.calls = checked_layers(self, max_model_len)
+        self.cache_dtype = storage_dtype(kv_cache_dtype, model.dtype)
+        self.scales = measured_scales(self) if self.cache_dtype == E4M3 else None
+        if attention_backend == "auto" and self.device.type == "cuda":
+            self.backend = trusted_backend(self, "triton")
+
+# %% ../../nbs/13_model_runner.ipynb #4e1a47d6
+class ModelRunner(PagedModel):
     """The `Runner` that holds a real model and the pool's tensors."""
 
     def __init__(
@@ -278,20 +309,8 @@ class ModelRunner:
         reserve: Callable[[ModelRunner], int] | None = None,  # on a GPU: bytes that steps need beside the pool, measured before it is made
     ) -> None:
         """Raises `UnsupportedModel`, `NoRoomForCache`, or `ValueError` for an unknown name."""
-        self.model, self.device, self.block_size = model.eval(), model.device, block_size
-        self.backend = backend_for(self.device, attention_backend)
-        self.takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        config = model.config.get_text_config(decoder=True)
-        limits = (max_model_len, getattr(config, "max_position_embeddings", None))
-        self.vocab_size, self.max_position = config.vocab_size, min((n for n in limits if n), default=None)
-        self.detour, self.linears = Detour(model), FastLinears(model)
-        self.sampled = torch.empty(0, dtype=torch.long, device=self.device)  # [R] token ids of the last step, where they were computed
-        self.compiled: Switch | None = None  # in the place of `linears`
-        self.shortcut: Shortcut | None = None  # in the place of `step_logits`
-        self.calls = checked_layers(self, max_model_len)
-        specs = [call.spec for call in self.calls]
-        self.cache_dtype, make_copier = storage_dtype(kv_cache_dtype, model.dtype), getattr(self.backend, "make_copier", torch_copier)
-        self.scales = measured_scales(self) if self.cache_dtype == E4M3 else None
+        super().__init__(model, block_size, attention_backend, max_model_len, kv_cache_dtype)
+        specs, make_copier = [call.spec for call in self.calls], getattr(self.backend, "make_copier", torch_copier)
         reserved = reserve(self) if reserve and not num_blocks else 0
         self.num_blocks = num_blocks or blocks_that_fit(specs, block_size, self.cache_dtype, self.device, memory_utilization, reserved)
         self.kv_cache = KVCache(specs, self.num_blocks, block_size, self.cache_dtype, self.device, make_copier, self.scales)
@@ -311,7 +330,7 @@ class ModelRunner:
         """Submit a step, and wait for it. A bad row is an error in the output."""
         return self.submit(batch).result()
 
-# %% ../../nbs/13_model_runner.ipynb #a4d428bb
+# %% ../../nbs/13_model_runner.ipynb #8e2f9851
 class HostCopy:
     """A tensor on its way to the host: from a GPU into pinned memory, while the GPU goes on."""
 
@@ -328,7 +347,7 @@ class HostCopy:
             self.arrived.synchronize()
         return self.tensor.cpu()
 
-# %% ../../nbs/13_model_runner.ipynb #c01a0ff8
+# %% ../../nbs/13_model_runner.ipynb #443e9c76
 class LaunchedStep:
     """What a step will have brought: logits [R + P, V] of sampled rows and rated prompt rows, token_ids int64 [R], on the device."""
 
@@ -353,7 +372,7 @@ class LaunchedStep:
         logprobs = {r: each for r, each in zip(self.num_tops, rated) if r not in errors}
         return RunnerOutput(ids, logprobs, rated[len(self.num_tops) :], errors)
 
-# %% ../../nbs/13_model_runner.ipynb #1c2e6015
+# %% ../../nbs/13_model_runner.ipynb #02f0fa0d
 def paged_layers(calls: list[LayerCall], kv_cache: KVCache) -> list[tuple[nn.Module, PagedLayer]]:
     """Each attention module with its part of a cache."""
     scales = [(None, None)] * len(calls) if kv_cache.scales is None else [tuple(each) for each in kv_cache.scales]
@@ -369,10 +388,10 @@ def known_tokens(
     rows = (-1 - token_ids).clamp(0, len(sampled) - 1)
     return torch.where(token_ids < 0, sampled[rows].clamp(min=0), token_ids)
 
-
+# %% ../../nbs/13_model_runner.ipynb #b53c5351
 @torch.inference_mode()
 def model_logits(
-    runner: ModelRunner,
+    runner: PagedModel,
     layers: list[tuple[nn.Module, PagedLayer]],
     metadata: AttentionMetadata,
     token_ids: Tensor,  # [T] int64
@@ -389,7 +408,7 @@ def model_logits(
     return logits if runner.takes_rows or rows is None else logits[rows]
 
 
-def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R + P, V]
+def step_logits(runner: PagedModel, layers: list[tuple[nn.Module, PagedLayer]], batch: ForwardBatch) -> Tensor:  # [R + P, V]
     """The logits of a batch's `logits_rows` and `prompt_rows`."""
     wanted = batch.logits_rows + batch.prompt_rows
     token_ids, positions, rows = (view_of(a, runner.device).long() for a in (batch.token_ids, batch.positions, wanted))
@@ -397,7 +416,7 @@ def step_logits(runner: ModelRunner, layers: list[tuple[nn.Module, PagedLayer]],
         token_ids = known_tokens(token_ids, runner.sampled)
     return model_logits(runner, layers, AttentionMetadata.from_batch(batch, runner.device), token_ids, positions, rows)
 
-# %% ../../nbs/13_model_runner.ipynb #c3466a38
+# %% ../../nbs/13_model_runner.ipynb #03f912a1
 PROBE_LENS = (7, 5)  # tokens of the two sequences of the self-check
 
 
@@ -406,28 +425,34 @@ def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
     return array("i", (index * 7919 % vocab_size for index in range(num_tokens, 2 * num_tokens)))
 
 
-def small_cache(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]], block_size: int = 2) -> KVCache:
+def small_cache(runner: PagedModel, calls: list[LayerCall], probes: list[array[int]], block_size: int = 2) -> KVCache:
     """A small cache with room for the sequences, in the model's dtype."""
     num_blocks = sum(-(-len(ids) // block_size) for ids in probes)
     return KVCache([call.spec for call in calls], num_blocks, block_size, runner.model.dtype, runner.device)
 
 
-def paged_logits(runner: ModelRunner, calls: list[LayerCall], probes: list[array[int]], kv_cache: KVCache) -> Tensor:  # [S, V] float32
-    """The logits after each sequence, packed into one batch and computed in two chunks through a cache of their own."""
+def paged_logits(
+    runner: PagedModel,
+    calls: list[LayerCall],
+    probes: list[array[int]],
+    kv_cache: KVCache,
+    ends: tuple[int | None, ...] = (3, None),  # of the chunks: so many tokens, or all; what comes later leaves a token to each chunk after it
+) -> Tensor:  # [S, V] float32
+    """The logits after each sequence, packed into one batch and computed in chunks through a cache of their own."""
     logits, pool, layers = torch.empty(0), BlockAllocator(kv_cache.num_blocks), paged_layers(calls, kv_cache)
     tables = [BlockTable(pool, kv_cache.block_size) for _ in probes]
     seqs = [Sequence(i, ids, len(ids), SamplingParams(), table=table) for i, (ids, table) in enumerate(zip(probes, tables))]
-    for chunk in (3, max(map(len, probes))):
+    for num_later, end in zip(reversed(range(len(ends))), ends):
         batch = ForwardBatch(kv_cache.block_size)
         for seq in seqs:
             assert seq.table is not None, "a probe has a table"
             seq.table.grow(len(seq.token_ids))
-            batch.add(seq, min(chunk, len(seq.token_ids) - seq.num_computed_tokens), [])
+            batch.add(seq, min(end or maxsize, len(seq.token_ids) - num_later) - seq.num_computed_tokens, [])
             seq.num_computed_tokens = batch.seq_lens[-1]
         logits = step_logits(runner, layers, batch)
     return logits.float()
 
-# %% ../../nbs/13_model_runner.ipynb #d8a5d2b9
+# %% ../../nbs/13_model_runner.ipynb #ab1130cd
 @torch.inference_mode()
 def own_logits(model: PreTrainedModel, probes: list[array[int]], first: int | None = None) -> Tensor:  # [S, V] float32
     """The logits after each sequence by the model's own forward, its positions counted from `first`, or as it likes."""
@@ -443,7 +468,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected)[kept].norm() / expected[kept].norm())
 
 
-def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
+def check_logits(runner: PagedModel, calls: list[LayerCall]) -> None:
     """Raises `UnsupportedModel` where the logits over a paged cache are not the model's own, with the cause if it can be told."""
     probes = [probe_tokens(runner.vocab_size, num_tokens) for num_tokens in PROBE_LENS]
     expected = own_logits(runner.model, probes)
@@ -461,11 +486,11 @@ def check_logits(runner: ModelRunner, calls: list[LayerCall]) -> None:
     if not error <= limit:  # NaN does not pass
         raise UnsupportedModel(f"its logits over a paged cache are not its own (relative error {error:.2g}, limit {limit:g})")
 
-# %% ../../nbs/13_model_runner.ipynb #3704dcdf
+# %% ../../nbs/13_model_runner.ipynb #43a1e26c
 CALIBRATION_LENS = (256, 128)  # tokens of the two sequences whose K and V set the scales of an eight-bit cache
 
 
-def measured_scales(runner: ModelRunner) -> list[Tensor]:  # of each layer [2, Hkv] float32
+def measured_scales(runner: PagedModel) -> list[Tensor]:  # of each layer [2, Hkv] float32
     """The scales of an eight-bit cache, from what the model writes into a small cache of its own dtype."""
     lens = [max(*PROBE_LENS, min(num_tokens, runner.max_position or num_tokens)) for num_tokens in CALIBRATION_LENS]
     probes = [probe_tokens(runner.vocab_size, num_tokens) for num_tokens in lens]
@@ -475,11 +500,40 @@ def measured_scales(runner: ModelRunner) -> list[Tensor]:  # of each layer [2, H
     paged_logits(runner, runner.calls, probes, kv_cache)
     return [head_scales(*split_kv(layer)) for layer in kv_cache.layers]
 
-# %% ../../nbs/13_model_runner.ipynb #f1f07ac7
+# %% ../../nbs/13_model_runner.ipynb #d849259f
+TRIAL_LENS = (1000, 130, 40)  # tokens of the three sequences by which a backend is compared with another
+TRIAL_ENDS = (600, None, None)  # a prefill, a chunk, a decode step
+
+
+def trial_error(runner: PagedModel, backend: AttentionBackend) -> float:
+    """How far a backend's logits are from those of the runner's own."""
+    twin, limit = copy(runner), runner.max_position or max(TRIAL_LENS)
+    twin.backend = backend
+    probes = [probe_tokens(runner.vocab_size, min(num_tokens, limit)) for num_tokens in TRIAL_LENS]
+    caches = [small_cache(runner, runner.calls, probes, runner.block_size) for _ in range(2)]
+    expected, got = (paged_logits(each, runner.calls, probes, cache, TRIAL_ENDS) for each, cache in zip((runner, twin), caches))
+    return relative_error(got, expected)
+
+
+def trusted_backend(runner: PagedModel, name: str) -> AttentionBackend:
+    """The backend of that name, if its logits are those of the runner's own; otherwise the runner's own, and a warning that says why."""
+    limit = 1e-3 if runner.model.dtype in (torch.float32, torch.float64) else 0.1
+    try:
+        backend = backend_for(runner.device, name)
+        error = trial_error(runner, backend)
+        if error <= limit:  # NaN does not pass
+            return backend
+        why = f"its logits are not those of the reference (relative error {error:.2g}, limit {limit:g})"
+    except Exception as failure:
+        why = f"{type(failure).__name__}: {failure}"
+    warnings.warn(f"attention backend {name!r} is not used, and everything is slower: {why}", RuntimeWarning, stacklevel=2)
+    return runner.backend
+
+# %% ../../nbs/13_model_runner.ipynb #abeb12dc
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 
-def in_float32(runner: ModelRunner) -> ModelRunner:
+def in_float32(runner: PagedModel) -> PagedModel:
     """The runner itself, or one over a float32 copy of its model, if that is small and in half precision."""
     weights = list(runner.model.parameters())
     if any(w.dtype not in (torch.bfloat16, torch.float16) for w in weights) or sum(w.numel() for w in weights) > MAX_COPIED_WEIGHTS:
@@ -498,7 +552,7 @@ def layers_of(model: PreTrainedModel, max_model_len: int | None) -> list[LayerCa
     return settle_windows(model, calls)
 
 
-def checked_layers(runner: ModelRunner, max_model_len: int | None) -> list[LayerCall]:
+def checked_layers(runner: PagedModel, max_model_len: int | None) -> list[LayerCall]:
     """The model's layers, after all checks. Raises `UnsupportedModel`."""
     name = type(runner.model).__name__
     try:

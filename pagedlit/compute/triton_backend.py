@@ -13,7 +13,7 @@ was warmed up with the same sizes; rows of no sequence give zeros.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,16 +21,17 @@ from torch import Tensor
 
 from .attention import SHARED_LEN, AttentionMetadata, register_backend
 from .kv_cache import split_kv
-from ..kernels.cache_write import check_cache, copy_blocks_launch, copy_targets, ordered_moves, write_kv_launch
+from ..kernels.cache_write import Launch, check_cache, copy_blocks_launch, copy_targets, ordered_moves, write_kv_launch
 from ..kernels.cascade import PrefixPlan, group_launches, prefix_config, prefix_launch, prefix_plan_launch, tokens_that_pay
 from ..kernels.decode import DecodeConfig, DecodeScratch, check_query, decode_config, decode_launch, num_places, plan_launch
 from ..kernels.extend import ExtendConfig, extend_config, extend_launch, extend_plan_launch, max_extend_items
 from ..memory.copy_on_write import BlockCopy
 
 # %% auto #0
-__all__ = ['groups_of', 'plan_prefixes', 'StepPlan', 'make_plan', 'plan_for', 'Scratch', 'BlockCopier', 'TritonBackend']
+__all__ = ['groups_of', 'plan_prefixes', 'StepPlan', 'make_plan', 'plan_for', 'Scratch', 'BlockCopier', 'attention_launches',
+           'TritonBackend']
 
-# %% ../../nbs/11e_triton_backend.ipynb #5ab0c1df
+# %% ../../nbs/11e_triton_backend.ipynb #513e7ab0
 def groups_of(metadata: AttentionMetadata) -> Tensor:  # [S, 8] int32
     """Which decoding sequences begin with the same blocks; found at the first layer of a step."""
     groups: Tensor | None = metadata.plans.get("groups")
@@ -60,7 +61,7 @@ def plan_prefixes(
     prefix_plan_launch(plan, *step, group, first_place, sliding_window, SHARED_LEN, pays).run()
     return plan
 
-# %% ../../nbs/11e_triton_backend.ipynb #ebd2bcf4
+# %% ../../nbs/11e_triton_backend.ipynb #e4f9864a
 class StepPlan(NamedTuple):
     """Who computes what in a step, for one kind of layer."""
 
@@ -88,7 +89,7 @@ def make_plan(query: Tensor, kv_cache: list[Tensor], metadata: AttentionMetadata
         extend_plan_launch(extend_items, *step, group, extend).run()
     return StepPlan(decode, decode_items, extend, extend_items, prefix, len(decode_items) + (prefix.max_partials(group) if prefix else 0))
 
-# %% ../../nbs/11e_triton_backend.ipynb #f456e4de
+# %% ../../nbs/11e_triton_backend.ipynb #9718fb4a
 def plan_for(query: Tensor, kv_cache: list[Tensor], metadata: AttentionMetadata, sliding_window: int | None) -> StepPlan:
     """The step's plan for this kind of layer, made at its first layer. Raises `ValueError` for what the kernels do not cover."""
     key_cache, value_cache = split_kv(kv_cache)
@@ -100,7 +101,7 @@ def plan_for(query: Tensor, kv_cache: list[Tensor], metadata: AttentionMetadata,
     plan: StepPlan = metadata.plans[kind]
     return plan
 
-# %% ../../nbs/11e_triton_backend.ipynb #6771c9f5
+# %% ../../nbs/11e_triton_backend.ipynb #bc3aeacc
 class Scratch(threading.local):
     """A decode scratch for each device (and thread); grows to the largest request."""
 
@@ -118,7 +119,7 @@ class Scratch(threading.local):
                 scratch = self.buffers[device] = DecodeScratch.empty(num_items, num_heads, value_dim, device)
         return scratch
 
-# %% ../../nbs/11e_triton_backend.ipynb #3e488ed9
+# %% ../../nbs/11e_triton_backend.ipynb #6693fb2d
 class BlockCopier:
     """Applies a step's block copies to all layers of a pool: one launch for each shape of tensor."""
 
@@ -131,7 +132,23 @@ class BlockCopier:
         for targets in self.targets:
             copy_blocks_launch(targets, moves).run()
 
-# %% ../../nbs/11e_triton_backend.ipynb #0e495bad
+# %% ../../nbs/11e_triton_backend.ipynb #bb4fe83c
+def attention_launches(
+    plan: StepPlan,
+    layer: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # query, key_cache, value_cache, out, block_tables
+    query_start_loc: Tensor,
+    scratch: DecodeScratch,
+    scale: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None, key_scales: Tensor | None, value_scales: Tensor | None,
+) -> Iterator[Launch]:  # fmt: skip
+    """A layer's attention, in the order in which it has to run."""
+    (query, key_cache, value_cache, _, block_tables), scales = layer, (key_scales, value_scales)
+    if plan.prefix:
+        yield prefix_launch(query, key_cache, value_cache, block_tables, query_start_loc, plan.prefix, scratch, scale, softcap, *scales)
+    yield decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks, *scales, plan.prefix is not None)
+    if plan.extend_items is not None:
+        yield extend_launch(*layer, plan.extend_items, plan.extend, scale, sliding_window, softcap, sinks, *scales)
+
+# %% ../../nbs/11e_triton_backend.ipynb #51f8b949
 class TritonBackend:
     """Paged attention by the Triton kernels."""
 
@@ -153,9 +170,8 @@ class TritonBackend:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [Hq]
-        key_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache
-        value_scales: Tensor | None = None,  # [Hkv] float32
-    ) -> Tensor:  # [T, Hq, Dv]
+        key_scales: Tensor | None = None, value_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache
+    ) -> Tensor:  # [T, Hq, Dv]  # fmt: skip
         """The same as `paged_attention_reference`. Raises `ValueError` for layers that the kernels do not cover."""
         key_cache, value_cache = split_kv(kv_cache)
         query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
@@ -164,15 +180,10 @@ class TritonBackend:
             return out
         plan = plan_for(query, kv_cache, metadata, sliding_window)
         write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
-        layer = query, key_cache, value_cache, out, metadata.block_tables
+        layer, options = (query, key_cache, value_cache, out, metadata.block_tables), (scale, sliding_window, softcap, sinks, key_scales, value_scales)
         scratch = self.scratch.take(plan.num_partials, query.shape[1], value.shape[2], query.device)
-        if plan.prefix:
-            cache = query, key_cache, value_cache, metadata.block_tables
-            prefix_launch(*cache, metadata.query_start_loc, plan.prefix, scratch, scale, softcap, key_scales, value_scales).run()
-        has_prefixes = plan.prefix is not None
-        decode_launch(*layer, plan.decode_items, scratch, plan.decode, scale, softcap, sinks, key_scales, value_scales, has_prefixes).run()
-        if plan.extend_items is not None:
-            extend_launch(*layer, plan.extend_items, plan.extend, scale, sliding_window, softcap, sinks, key_scales, value_scales).run()
+        for launch in attention_launches(plan, layer, metadata.query_start_loc, scratch, *options):
+            launch.run()
         return out
 
 

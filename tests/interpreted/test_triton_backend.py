@@ -9,7 +9,7 @@ from test_attention import CHUNKS, DECODES, OPTIONS, make_step, share
 from test_graphs import decodes, poison
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pagedlit.compute import attention, triton_backend
+from pagedlit.compute import attention, model_runner, triton_backend
 from pagedlit.compute.attention import AttentionMetadata, forward_context, get_backend, paged_attention, paged_attention_reference
 from pagedlit.compute.kv_cache import write_kv
 from pagedlit.compute.static_batch import StaticBatch
@@ -118,6 +118,16 @@ def test_heads_that_fill_no_tile_are_not_grouped():
     share(step, 0, [1], 16)
     step.metadata.num_sharers = 1
     torch.testing.assert_close(step.run("triton").double(), step.expected(), rtol=2e-5, atol=2e-5)
+
+
+def test_kernels_pass_the_trial(monkeypatch, recwarn):
+    """What a GPU does when a model is loaded, with shorter sequences."""
+    monkeypatch.setattr(model_runner, "TRIAL_LENS", (40, 13, 5)), monkeypatch.setattr(model_runner, "TRIAL_ENDS", (24, None, None))
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=128, initializer_range=0.3)).eval()
+    runner = model_runner.ModelRunner(model, block_size=8, num_blocks=8, attention_backend="reference")
+    assert model_runner.trusted_backend(runner, "triton") is get_backend("triton") and not recwarn.list
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
