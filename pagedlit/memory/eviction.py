@@ -160,7 +160,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Levels(Generic[Key]):
     """An LRU queue for each level of reuse: 0 partly filled, 1 used once, ..., 5 used five times or more."""
 
-    TOP = 5
+    TOP, AFTER = 5, (2, 2, 3, 4, 5, 5)  # the level after another use, by level
 
     def __init__(self) -> None:
         self.queues: list[OrderedDict[Key, int]] = [OrderedDict() for _ in range(self.TOP + 1)]
@@ -197,7 +197,7 @@ def note_on(node: CacheNode) -> Reuse:
 def raise_floor(node: CacheNode | None, level: int) -> None:
     """A block counts as used at least as often as those below it, so that it never goes before them."""
     if node is not None and node.parent is not None:
-        note = note_on(node)
+        note: Reuse = node.state or note_on(node)
         if note.floor < level:
             note.floor = level
 
@@ -307,15 +307,17 @@ class ReuseBonus:
 
     def add(self, node: CacheNode) -> None:
         self._clock = now = self._clock + 1
-        reuse, is_watched = note_on(node), not node.fingerprint % Watch.ONE_IN
-        self.watch.num_blocks += is_watched and not reuse.last_used  # a new one
-        if last_used := reuse.last_used or self.ghosts.arrive(node, reuse):
-            reuse.level = min(max(reuse.level, 1) + 1, Levels.TOP)
-        reuse.level = level = max(reuse.level, reuse.floor)
-        reuse.last_used = self.levels.queues[level][node] = now
+        reuse: Reuse = node.state or note_on(node)
+        is_watched, is_new = not node.fingerprint % Watch.ONE_IN, not reuse.last_used
+        if last_used := self.ghosts.arrive(node, reuse) if is_new else reuse.last_used:
+            reuse.level = Levels.AFTER[reuse.level]
+        level = reuse.level if reuse.level > reuse.floor else reuse.floor
+        reuse.level, reuse.last_used = level, now
+        self.levels.queues[level][node] = now
         self._num_idle += 1
         raise_floor(node.parent, level)
         if is_watched:
+            self.watch.num_blocks += is_new
             self.watch.touch(node.fingerprint, level, now, last_used)
         if now >= self._next_review:
             self.bonus, self._next_review = self.watch.review(), now + self.ghosts.num_blocks // 4 + 1
