@@ -278,8 +278,9 @@ class Watch:
         self.num_blocks, self.gaps = 0, RunningMedian()
         self.miniatures = [Miniature(weight) for weight in self.WEIGHTS]
 
-    def touch(self, fingerprint: int, level: int, now: int, last_used: int) -> None:
-        """A block has been used; `last_used` is 0 if it is new."""
+    def touch(self, fingerprint: int, level: int, now: int, last_used: int, is_new: bool) -> None:
+        """A block has been used; `last_used` is 0 if nothing is known of it. A new one was not here the last time."""
+        self.num_blocks += is_new
         if last_used:
             self.gaps.add(now - last_used)
         for miniature in self.miniatures:
@@ -308,17 +309,15 @@ class ReuseBonus:
     def add(self, node: CacheNode) -> None:
         self._clock = now = self._clock + 1
         reuse: Reuse = node.state or note_on(node)
-        is_watched, is_new = not node.fingerprint % Watch.ONE_IN, not reuse.last_used
+        is_new = not reuse.last_used
         if last_used := self.ghosts.arrive(node, reuse) if is_new else reuse.last_used:
             reuse.level = Levels.AFTER[reuse.level]
-        level = reuse.level if reuse.level > reuse.floor else reuse.floor
-        reuse.level, reuse.last_used = level, now
-        self.levels.queues[level][node] = now
+        reuse.level = level = reuse.level if reuse.level > reuse.floor else reuse.floor
+        reuse.last_used = self.levels.queues[level][node] = now
         self._num_idle += 1
         raise_floor(node.parent, level)
-        if is_watched:
-            self.watch.num_blocks += is_new
-            self.watch.touch(node.fingerprint, level, now, last_used)
+        if not node.fingerprint % Watch.ONE_IN:
+            self.watch.touch(node.fingerprint, level, now, last_used, is_new)
         if now >= self._next_review:
             self.bonus, self._next_review = self.watch.review(), now + self.ghosts.num_blocks // 4 + 1
 
