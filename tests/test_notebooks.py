@@ -51,6 +51,13 @@ def test_sidebar_lists_every_notebook():
     assert sorted(listed) == [path.name for path in NOTEBOOKS]
 
 
+def test_each_chapter_leads_to_the_next():
+    order = re.findall(r"(?:- |href: )([\w]+\.ipynb)$", (ROOT / "_quarto.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    for name, following in zip(order[1:], order[2:]):
+        last = "".join(json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"][-1]["source"])
+        assert f"]({following})" in last.partition("Next:")[2], f"{name} does not end with a way to {following}"
+
+
 def test_widget_ids_do_not_change_from_run_to_run(tmp_path):
     path = tmp_path / "widgets.ipynb"
     code = "import ipywidgets as w\na, b = w.Play(), w.IntSlider()\nw.jslink((a, 'value'), (b, 'value'))\nw.HBox([a, b])"
