@@ -41,13 +41,13 @@ from ..serving.scheduler import ForwardBatch, RunnerOutput
 from ..serving.sequence import SamplingParams, Sequence
 
 # %% auto #0
-__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'TRIAL_LENS', 'TRIAL_ENDS', 'MAX_COPIED_WEIGHTS',
+__all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'TRIAL_LENS', 'TRIAL_ENDS',
            'UnsupportedModel', 'attention_forward', 'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits',
            'shown_window', 'settle_windows', 'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer',
            'backend_for', 'Switch', 'Shortcut', 'PagedModel', 'ModelRunner', 'HostCopy', 'LaunchedStep', 'paged_layers',
            'known_tokens', 'model_logits', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits', 'own_logits',
-           'relative_error', 'check_logits', 'measured_scales', 'trial_error', 'trusted_backend', 'in_float32',
-           'layers_of', 'checked_layers']
+           'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of', 'checked_layers',
+           'trial_error', 'trusted_backend']
 
 # %% ../../nbs/13_model_runner.ipynb #208dfa73
 class UnsupportedModel(ValueError):
@@ -500,35 +500,6 @@ def measured_scales(runner: PagedModel) -> list[Tensor]:  # of each layer [2, Hk
     paged_logits(runner, runner.calls, probes, kv_cache)
     return [head_scales(*split_kv(layer)) for layer in kv_cache.layers]
 
-# %% ../../nbs/13_model_runner.ipynb #d849259f
-TRIAL_LENS = (1000, 130, 40)  # tokens of the three sequences by which a backend is compared with another
-TRIAL_ENDS = (600, None, None)  # a prefill, a chunk, a decode step
-
-
-def trial_error(runner: PagedModel, backend: AttentionBackend) -> float:
-    """How far a backend's logits are from those of the runner's own."""
-    twin, limit = copy(runner), runner.max_position or max(TRIAL_LENS)
-    twin.backend = backend
-    probes = [probe_tokens(runner.vocab_size, min(num_tokens, limit)) for num_tokens in TRIAL_LENS]
-    caches = [small_cache(runner, runner.calls, probes, runner.block_size) for _ in range(2)]
-    expected, got = (paged_logits(each, runner.calls, probes, cache, TRIAL_ENDS) for each, cache in zip((runner, twin), caches))
-    return relative_error(got, expected)
-
-
-def trusted_backend(runner: PagedModel, name: str) -> AttentionBackend:
-    """The backend of that name, if its logits are those of the runner's own; otherwise the runner's own, and a warning that says why."""
-    limit = 1e-3 if runner.model.dtype in (torch.float32, torch.float64) else 0.1
-    try:
-        backend = backend_for(runner.device, name)
-        error = trial_error(runner, backend)
-        if error <= limit:  # NaN does not pass
-            return backend
-        why = f"its logits are not those of the reference (relative error {error:.2g}, limit {limit:g})"
-    except Exception as failure:
-        why = f"{type(failure).__name__}: {failure}"
-    warnings.warn(f"attention backend {name!r} is not used, and everything is slower: {why}", RuntimeWarning, stacklevel=2)
-    return runner.backend
-
 # %% ../../nbs/13_model_runner.ipynb #abeb12dc
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
@@ -565,3 +536,32 @@ def checked_layers(runner: PagedModel, max_model_len: int | None) -> list[LayerC
     except Exception as error:
         raise UnsupportedModel(f"{name} does not run over a ragged batch: {type(error).__name__}: {error}") from error
     return calls
+
+# %% ../../nbs/13_model_runner.ipynb #d849259f
+TRIAL_LENS = (1000, 130, 40)  # tokens of the three sequences by which a backend is compared with another
+TRIAL_ENDS = (600, None, None)  # a prefill, a chunk, a decode step
+
+
+def trial_error(runner: PagedModel, backend: AttentionBackend) -> float:
+    """How far a backend's logits are from those of the runner's own."""
+    twin, limit = copy(runner), runner.max_position or max(TRIAL_LENS)
+    twin.backend = backend
+    probes = [probe_tokens(runner.vocab_size, min(num_tokens, limit)) for num_tokens in TRIAL_LENS]
+    caches = [small_cache(runner, runner.calls, probes, runner.block_size) for _ in range(2)]
+    expected, got = (paged_logits(each, runner.calls, probes, cache, TRIAL_ENDS) for each, cache in zip((runner, twin), caches))
+    return relative_error(got, expected)
+
+
+def trusted_backend(runner: PagedModel, name: str) -> AttentionBackend:
+    """The backend of that name, if its logits are those of the runner's own; otherwise the runner's own, and a warning that says why."""
+    limit = 1e-3 if runner.model.dtype in (torch.float32, torch.float64) else 0.1
+    try:
+        backend = backend_for(runner.device, name)
+        error = trial_error(runner, backend)
+        if error <= limit:  # NaN does not pass
+            return backend
+        why = f"its logits are not those of the reference (relative error {error:.2g}, limit {limit:g})"
+    except Exception as failure:
+        why = f"{type(failure).__name__}: {failure}"
+    warnings.warn(f"attention backend {name!r} is not used, and everything is slower: {why}", RuntimeWarning, stacklevel=2)
+    return runner.backend
