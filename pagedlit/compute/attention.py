@@ -76,7 +76,7 @@ class AttentionMetadata:
     block_table_start: Tensor  # [S + 1] int32: sequence s owns block_tables[block_table_start[s] : block_table_start[s + 1]]
     max_query_len: int  # most rows of a sequence
     max_seq_len: int  # most tokens of a sequence
-    num_sharers: int = 0  # decoding sequences whose leading blocks another one before them holds too
+    num_sharers: int = 0  # at most: decoding sequences whose leading blocks another one before them holds too
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
