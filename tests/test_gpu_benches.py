@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import types
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
@@ -118,6 +120,20 @@ def test_a_graph_is_recorded_after_warming_up(monkeypatch):
     assert cuda.log == ["call"] * 3 + ["wait", "call"]
     replay()
     assert cuda.log[-1] == "replay"
+
+
+def test_a_replay_keeps_what_the_graph_points_to(monkeypatch):
+    """Its memory lives as long as the call that holds it: nobody else does, once `ready` has returned."""
+    Cuda(monkeypatch)
+    bench, plan = replace(kernels.make_bench(CPU, kernels.TINY), device=torch.device("cuda")), torch.zeros(3)
+    alive = weakref.ref(plan)
+    contenders = kernels.ready(bench, "x", lambda plan=plan: lambda: plan.sum())
+    del plan
+    gc.collect()
+    assert alive() is not None
+    contenders.clear()
+    gc.collect()
+    assert alive() is None
 
 
 def test_facts_of_a_device(monkeypatch):

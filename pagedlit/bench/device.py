@@ -135,7 +135,10 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    replay: Callable[[], object] = graph.replay
+
+    def replay(owner: object = call) -> None:
+        graph.replay()
+
     return replay
 
 # %% ../../nbs/15_floors.ipynb #df6a1a57
