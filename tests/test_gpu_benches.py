@@ -109,9 +109,9 @@ class Cuda:
 def test_calls_on_a_device_are_timed_between_marks_and_waited_for_once(monkeypatch):
     cuda, stopwatch = Cuda(monkeypatch), Stopwatch(CPU)
     stopwatch.device = torch.device("cuda")
-    monkeypatch.setattr(stopwatch, "overwritten", types.SimpleNamespace(zero_=lambda: cuda.log.append("overwrite")))
+    monkeypatch.setattr(stopwatch, "other_data", types.SimpleNamespace(sum=lambda: cuda.log.append("flush")))
     seconds = stopwatch.time([lambda: cuda.log.append("A"), lambda: cuda.log.extend("BB")])
-    assert cuda.log == ["overwrite", "mark", "A", "mark", "overwrite", "mark", "B", "B", "mark", "wait"] and seconds == [2.0, 3.0]
+    assert cuda.log == ["flush", "mark", "A", "mark", "flush", "mark", "B", "B", "mark", "wait"] and seconds == [2.0, 3.0]
 
 
 def test_a_graph_is_recorded_after_warming_up(monkeypatch):

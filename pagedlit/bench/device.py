@@ -3,7 +3,7 @@
 # %% ../../nbs/15_floors.ipynb #2c6a4038
 """Timing on a device: its ceilings first, then calls over cold caches, in turns, until a deadline; results that are kept by device.
 
-Contract: what is timed on a GPU is the device's own time, between two events, after its L2 cache was overwritten. `race` queues
+Contract: what is timed on a GPU is the device's own time, between two events, after its L2 cache was filled with other data. `race` queues
 contenders in turns and waits once. `Deadline` says what there is no time for, and keeps a list of it. Without a GPU the same
 functions time calls on the CPU, for tests; `device_for` raises `NoDevice` unless that is asked for.
 """
@@ -98,7 +98,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        self.overwritten = torch.empty(max(4 * l2_bytes, 2**20), dtype=torch.int8, device=device)
+        self.other_data = torch.zeros(max(l2_bytes, 2**18), dtype=torch.float32, device=device)  # four times the L2
 
     def time(self, calls: Sequence[Callable[[], object]]) -> list[float]:  # seconds of each
         """Queue all of them, and wait once. On a CPU: one after the other."""
@@ -106,7 +106,7 @@ class Stopwatch:
             return [self.wall(call) for call in calls]
         marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in calls]
         for call, (begin, end) in zip(calls, marks):
-            self.overwritten.zero_()
+            self.other_data.sum()
             begin.record()
             call()
             end.record()
@@ -115,7 +115,7 @@ class Stopwatch:
 
     def wall(self, call: Callable[[], object]) -> float:
         """Seconds of a call that has finished when it returns."""
-        self.overwritten.zero_()
+        self.other_data.sum()
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
