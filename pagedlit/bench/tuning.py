@@ -24,8 +24,8 @@ from .device import Deadline, device_name, race, slug
 from .kernel_checks import LENGTHS, LIMITS, Attention, Layer, Lengths, Step, by_formula, draw, prepare, worst_error
 from .kernels import QUICK, Bench, make_bench, ready
 from ..kernels import cache_write
-from ..kernels.decode import DecodeConfig, decode_config, paged_decode, situation
-from ..kernels.extend import ExtendConfig, extend_config, paged_extend
+from ..kernels.decode import DecodeConfig, converts_e4m3, default_decode_config, paged_decode, situation
+from ..kernels.extend import ExtendConfig, default_extend_config, paged_extend
 
 # %% auto #0
 __all__ = ['C', 'WARPS', 'MIN_GAIN', 'SITUATIONS', 'difference', 'nearest_first', 'decode_candidates', 'extend_candidates',
@@ -144,16 +144,17 @@ def tune(device: torch.device, progress: Callable[[str], None] = lambda line: No
     for number, (what, points) in enumerate(SITUATIONS.items()):
         layer, kind, own = points[0][0], what.split()[0], Deadline(deadline.left / (len(SITUATIONS) - number))
         step = draw(layer, LENGTHS[kind], 0, device)
-        tensors = step.query, step.key_cache, step.value_cache
+        tensors = step.query, step.key_cache
+        untuned = *tensors, layer.head_dim, converts_e4m3(device)
         if kind == "decode":
-            default = decode_config(*tensors)
+            default = default_decode_config(*untuned)
             choice, gain = best(default, decode_candidates(default), partial(times, bench, kind, points), own)
             fields = difference(choice, default)
         else:
-            tile_default = extend_config(*tensors)
+            tile_default = default_extend_config(*untuned)
             tile_choice, gain = best(tile_default, extend_candidates(tile_default), partial(times, bench, kind, points), own)
             fields = difference(tile_choice, tile_default)
-        name = situation(kind, *tensors[:2], layer.head_dim)
+        name = situation(kind, *tensors, layer.head_dim)
         progress(f"{name}: {fields or 'the default'}, {gain:.2f} times as fast as the default")
         found[name] = fields
     return write_table(device_name(device), found) if any(found.values()) else None
