@@ -101,8 +101,8 @@ def extend_kernel(
     VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, i) computes the rows of item i for the query heads of KV head h."""
-    fields = items + tl.program_id(1) * FIELDS
+    """Program (h, i) computes the rows of the i-th item from the end for the query heads of KV head h."""
+    fields = items + (tl.num_programs(1) - 1 - tl.program_id(1)) * FIELDS
     row, table, position, num_rows = tl.load(fields).to(tl.int64), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
     if row >= 0:
         kv_head = tl.program_id(0)
