@@ -310,7 +310,7 @@ def test_cuda_graphs_warm_up_aside_and_share_a_pool(monkeypatch):
     log = []
 
     class Stream:
-        def __init__(self, name="side"):
+        def __init__(self, name):
             self.name = name
 
         def wait_stream(self, other):
@@ -326,14 +326,17 @@ def test_cuda_graphs_warm_up_aside_and_share_a_pool(monkeypatch):
         def replay(self):
             log.append("replay")
 
+    names = iter(["side", "another"])
     fakes = {
-        "graph_pool_handle": lambda: "pool", "Stream": lambda device: Stream(), "current_stream": lambda device: Stream("main"),
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device: Stream(next(names)), "current_stream": lambda device: Stream("main"),
         "synchronize": lambda device: log.append("synchronize"), "stream": lambda stream: entered(stream.name), "CUDAGraph": Graph,
-        "graph": lambda graph, pool, capture_error_mode: entered(f"{pool} {capture_error_mode}"),
+        "graph": lambda graph, pool, stream, capture_error_mode: entered(f"{pool} {stream.name} {capture_error_mode}"),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    replay = CudaGraphs(torch.device("cuda"))(lambda: log.append("step"))
-    replay()
+    record = CudaGraphs(torch.device("cuda"))
+    record(lambda: log.append("step"))()
     before = ["side waits for main", "begin side", "step", "step", "end side", "main waits for side", "synchronize"]
-    assert log == [*before, "begin main", "begin pool thread_local", "step", "end pool thread_local", "end main", "replay"]
+    once = [*before, "begin main", "begin pool side thread_local", "step", "end pool side thread_local", "end main", "replay"]
+    record(lambda: log.append("step"))()
+    assert log == once * 2, "one stream for all recordings: each brings a workspace of cuBLAS along, which stays"

@@ -233,6 +233,7 @@ def test_graphs_are_for_gpus_and_backends_that_can_be_recorded(runner, monkeypat
         device, backend = torch.device("cuda"), type("Backend", (), {"recorded_memory": dict})()
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     assert isinstance(recorder(Startup(16, 4), OnGpu), CudaGraphs)
     assert recorder(Startup(16, 4, enforce_eager=True), OnGpu) is None and recorder(Startup(16, 4), runner) is None
     OnGpu.backend = runner.backend

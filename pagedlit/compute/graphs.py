@@ -131,18 +131,18 @@ class CudaGraphs:
     """Records steps as CUDA graphs, which share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, step: Step) -> Step:
         """Warm up, capture, and return the replay. Raises `RuntimeError` for a step that waits for the device."""
-        main, side, graph = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        main, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
             step()
             step()
-        main.wait_stream(side)
+        main.wait_stream(self.stream)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(main), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.stream(main), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             step()
         replay: Step = graph.replay
         return replay
