@@ -32,7 +32,7 @@ def scales_for(
     """Scales that bring numbers up to `HEADROOM` times as large into the range of e4m3; 1 for a head of zeros, or without a finite maximum."""
     mantissa, exponent = torch.frexp(largest.float() * (HEADROOM / E4M3_MAX))  # mantissa in [0.5, 1)
     exponent = (exponent - (mantissa == 0.5).int()).clamp(-64, 64)
-    scales = torch.ldexp(torch.ones_like(mantissa), exponent)
+    scales = ((exponent + 127) << 23).view(torch.float32)  # the bits of 2^exponent, whatever a device makes of powers
     return torch.where(largest.isfinite() & (largest > 0), scales, 1.0)
 
 
