@@ -319,6 +319,30 @@ def test_flashinfer_is_given_the_same_work(flashinfer, lengths):
     assert kernels.flashinfer_check(bench)["verdict"] == "right"
 
 
+def test_flashinfer_compiles_while_our_kernels_are_checked(flashinfer, monkeypatch):
+    """All three kernels that are raced are asked for, in a process that is waited for as long as can be spared."""
+    kernels.warm_flashinfer(CPU)
+    log: list[object] = []
+
+    class Process:
+        def __init__(self, command, **streams):
+            log.append(command[2])
+
+        def wait(self, timeout):
+            log.append(timeout)
+            raise kernels.subprocess.TimeoutExpired("x", timeout)
+
+    bench = kernels.make_bench(CPU, kernels.TINY)
+    monkeypatch.setattr(kernels.subprocess, "Popen", Process)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "check_rows", lambda bench: iter([{"check": len(log)}]))
+    assert next(kernels.first_rows(bench)) == {"check": 0}
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(kernels, "flashinfer_check", lambda bench: {"check": len(log)})
+    assert list(kernels.first_rows(bench)) == [{"check": 1}, {"check": 2}] and "warm_flashinfer(" in log[0] and 0 < log[1] < 0.55 * 60
+    assert bench.notes == ["FlashInfer was still compiling when the checks were done"]
+
+
 def test_flashinfer_may_be_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     bench = kernels.make_bench(CPU, kernels.TINY)
