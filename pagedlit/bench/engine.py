@@ -140,7 +140,7 @@ class EngineSize:
 FULL = EngineSize()
 QUICK = EngineSize(batches=(256, 1), num_steps=32, shape=Shape("prompts and answers of 100-300 tokens", (100, 300), (100, 300), num_requests=64),
                    static_batch=16, seconds=240, rival_seconds=40)  # fmt: skip
-TINY = EngineSize(("tiny",), (2, 1), 12, 4, "tiny", Shape("short", (3, 9), (2, 6), num_requests=5), 3, 60, 30, (2**16, 32))
+TINY = EngineSize(("tiny",), (2, 1), 12, 48, "tiny", Shape("short", (3, 9), (2, 6), num_requests=5), 3, 60, 30, (2**16, 32))
 
 # %% ../../nbs/15_engine_bench.ipynb #cbcda8bb
 def decode_rows(name: str, model: PreTrainedModel, size: EngineSize, ceilings: Ceilings, deadline: Deadline) -> Iterator[dict[str, Any]]:
