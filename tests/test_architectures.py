@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from pagedlit.compute.attention import visible
-from pagedlit.compute.model_runner import ModelRunner, UnsupportedModel, discover_layers, fits
+from pagedlit.compute.model_runner import ModelRunner, OnHost, UnsupportedModel, discover_layers, fits
 from pagedlit.compute.sampler import BadLogits
 from pagedlit.llm import LLM
 from pagedlit.serving.sequence import SamplingParams
@@ -317,6 +317,15 @@ def test_a_rule_about_the_tokens_of_its_batch_is_asked_within_them():
         return (key <= query) | ((block_of[query] == block_of[key]) & (block_of[query] >= 0))
 
     assert fits(rule, None) and fits(rule, 8) and not fits(rule, 2)
+
+
+def test_rules_are_asked_on_the_host(monkeypatch):
+    """An index beyond a tensor on a GPU is no IndexError: it ends all work of the process there."""
+    of_tokens, copied = torch.zeros(1, 4, dtype=torch.long), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor.data_ptr()) or tensor)
+    with OnHost(), pytest.raises(IndexError):
+        of_tokens[torch.tensor(0), torch.tensor([7])]
+    assert of_tokens.data_ptr() in copied
 
 
 def test_a_large_window_in_the_mask_alone_is_found():

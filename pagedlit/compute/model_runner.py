@@ -27,6 +27,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -44,7 +46,7 @@ from ..serving.sequence import SamplingParams, Sequence
 # %% auto #0
 __all__ = ['Rule', 'LAYER_KINDS', 'PROBE_LENS', 'CALIBRATION_LENS', 'MAX_COPIED_WEIGHTS', 'TRIAL_LENS', 'TRIAL_ENDS',
            'UnsupportedModel', 'attention_forward', 'Detour', 'LayerCall', 'LayerRecorder', 'discover_layers', 'fits',
-           'shown_window', 'settle_windows', 'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer',
+           'shown_window', 'OnHost', 'settle_windows', 'check_config', 'constant_rope_len', 'check_calls', 'PagedLayer',
            'backend_for', 'Switch', 'Shortcut', 'PagedModel', 'ModelRunner', 'HostCopy', 'LaunchedStep', 'paged_layers',
            'known_tokens', 'model_logits', 'step_logits', 'probe_tokens', 'small_cache', 'paged_logits', 'own_logits',
            'relative_error', 'check_logits', 'measured_scales', 'in_float32', 'layers_of', 'checked_layers',
@@ -177,9 +179,17 @@ def shown_window(call: LayerCall, cached: set[int]) -> int | None:
     raise UnsupportedModel("its mask hides tokens as no sliding window does: attention within chunks, say")
 
 
+class OnHost(TorchFunctionMode):
+    """Computes with copies of tensors in the host's memory, where an index out of range is an error. On a GPU it ends all work of the process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.cpu(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def settle_windows(model: PreTrainedModel, calls: list[LayerCall]) -> list[LayerCall]:
     """Give each layer the window that its mask shows. Raises `UnsupportedModel` where there is none."""
-    with model.device:
+    with OnHost():
         cached = {layer.sliding_window for layer in DynamicCache(config=model.config).layers if hasattr(layer, "sliding_window")}
         settled = [replace(call, sliding_window=shown_window(call, cached)) for call in calls]
     if lost := cached - {call.sliding_window for call in settled}:
