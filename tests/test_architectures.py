@@ -328,6 +328,13 @@ def test_rules_are_asked_on_the_host(monkeypatch):
     assert of_tokens.data_ptr() in copied
 
 
+def test_weights_on_several_devices_are_refused():
+    model = LlamaForCausalLM(LlamaConfig(**COMMON))
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedModel, match=r"on several devices \(cpu, meta\): load it without device_map"):
+        ModelRunner(model, num_blocks=8)
+
+
 def test_a_large_window_in_the_mask_alone_is_found():
     """Far larger than any sequence of the self-check; that the layers do not name it is what the test is about."""
     window = dict(use_sliding_window=True, sliding_window=4096, layer_types=["full_attention"] + ["sliding_attention"] * 2)

@@ -207,6 +207,8 @@ LAYER_KINDS = {
 def check_config(model: PreTrainedModel, max_model_len: int | None) -> None:
     """Raises `UnsupportedModel` for what the model's class and config say against it."""
     config = model.config.get_text_config(decoder=True)
+    if len(devices := {str(weight.device) for weight in model.parameters()}) > 1:
+        raise UnsupportedModel(f"its weights are on several devices ({', '.join(sorted(devices))}): load it without device_map, onto one")
     if model.config.is_encoder_decoder:
         raise UnsupportedModel("it is an encoder-decoder: half of what it attends to is another sequence")
     kinds = {kind: LAYER_KINDS.get(kind, "another choice of keys") for kind in getattr(config, "layer_types", None) or ()}
