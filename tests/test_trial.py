@@ -34,6 +34,10 @@ def gives_nan(query, key, value, kv_cache, metadata, *formula):
     return paged_attention_reference(query, key, value, kv_cache, metadata, *formula) * torch.nan
 
 
+def forgets_the_scales(query, key, value, kv_cache, metadata, *formula):
+    return paged_attention_reference(query, key, value, kv_cache, metadata, *formula[:4])
+
+
 def runner_of(name, dtype=torch.float32, **options):
     return ModelRunner(random_model(name).to(dtype), num_blocks=8, attention_backend="reference", **options)
 
@@ -56,6 +60,14 @@ def test_who_is_wrong_is_not(backend, dtype):
     register_backend("accused", backend)
     runner = runner_of("llama", dtype)
     assert not trial_error(runner, backend) <= (1e-2 if dtype == torch.float32 else 0.1)
+    with pytest.warns(RuntimeWarning, match="accused.*not those of the reference"):
+        assert trusted_backend(runner, "accused") is paged_attention_reference
+
+
+def test_the_trial_is_over_a_cache_of_the_dtype_that_it_will_have():
+    register_backend("accused", forgets_the_scales)
+    runner = runner_of("llama", kv_cache_dtype="fp8")
+    runner.scales = [scales * 2**7 for scales in runner.scales]  # so coarse that it shows who forgets them
     with pytest.warns(RuntimeWarning, match="accused.*not those of the reference"):
         assert trusted_backend(runner, "accused") is paged_attention_reference
 

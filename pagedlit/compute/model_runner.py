@@ -438,10 +438,17 @@ def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
     return array("i", (index * 7919 % vocab_size for index in range(num_tokens, 2 * num_tokens)))
 
 
-def small_cache(runner: PagedModel, calls: list[LayerCall], probes: list[array[int]], block_size: int = 2) -> KVCache:
-    """A small cache with room for the sequences, in the model's dtype."""
-    num_blocks = sum(-(-len(ids) // block_size) for ids in probes)
-    return KVCache([call.spec for call in calls], num_blocks, block_size, runner.model.dtype, runner.device)
+def small_cache(
+    runner: PagedModel,
+    calls: list[LayerCall],
+    probes: list[array[int]],
+    block_size: int = 2,
+    dtype: torch.dtype | None = None,  # None = the model's
+    scales: list[Tensor] | None = None,  # of an eight-bit cache
+) -> KVCache:
+    """A small cache with room for the sequences."""
+    num_blocks, specs = sum(-(-len(ids) // block_size) for ids in probes), [call.spec for call in calls]
+    return KVCache(specs, num_blocks, block_size, dtype or runner.model.dtype, runner.device, scales=scales)
 
 
 def paged_logits(
@@ -560,7 +567,7 @@ def trial_error(runner: PagedModel, backend: AttentionBackend) -> float:
     twin, limit = copy(runner), runner.max_position or max(TRIAL_LENS)
     twin.backend = backend
     probes = [probe_tokens(runner.vocab_size, min(num_tokens, limit)) for num_tokens in TRIAL_LENS]
-    caches = [small_cache(runner, runner.calls, probes, runner.block_size) for _ in range(2)]
+    caches = [small_cache(runner, runner.calls, probes, runner.block_size, runner.cache_dtype, runner.scales) for _ in range(2)]
     expected, got = (paged_logits(each, runner.calls, probes, cache, TRIAL_ENDS) for each, cache in zip((runner, twin), caches))
     return relative_error(got, expected)
 
