@@ -96,8 +96,9 @@ def test_only_steps_of_decodes_that_fit_are_taken():
     assert not static.takes(mixed), "a chunk of two rows"
 
 
-def test_host_buffers_take_turns_and_wait_for_their_own_copy():
+def test_host_buffers_take_turns_and_wait_for_their_own_copy(monkeypatch):
     static, log = StaticBatch(4, 64, 4, max_seq_len=64), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
 
     class Event:
         def __init__(self, host):
@@ -106,8 +107,8 @@ def test_host_buffers_take_turns_and_wait_for_their_own_copy():
         def synchronize(self):
             log.append(("wait", self.host, static.hosts[1].fields.seq_lens[0].item() if self.host is static.hosts[1] else None))
 
-        def record(self):
-            log.append(("record", self.host, None))
+        def record(self, stream):
+            log.append(("record", self.host, stream))
 
     first, second = static.hosts
     for host in (first, second):
@@ -115,6 +116,7 @@ def test_host_buffers_take_turns_and_wait_for_their_own_copy():
     for length in (3, 4, 5):
         static.fill(decodes([length]))
     assert [(what, host is first) for what, host, _ in log] == [(w, h) for h in (True, False, True) for w in ("wait", "record")]
+    assert log[1][2] == "stream of cpu", "the stream of the copy, whichever device is the current one"
     assert log[4][2] == 3, "what was sent two steps ago is still there when its copy is waited for"
     assert first.fields.seq_lens[0] == 5 and second.fields.seq_lens[0] == 4
 

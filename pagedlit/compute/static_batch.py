@@ -110,7 +110,7 @@ class HostBuffer:
         """Begin to copy the first `size` bytes."""
         target[:size].copy_(self.buffer[:size], non_blocking=True)
         if self.copied is not None:
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(target.device))
 
 # %% ../../nbs/13a_static_batch.ipynb #b8491a3d
 class StaticBatch:

@@ -129,8 +129,9 @@ class BlockCopier:
     def __call__(self, copies: Sequence[BlockCopy]) -> None:
         """All sources are read before any destination is written. Nothing is checked, nothing waits."""
         moves = torch.tensor(ordered_moves(copies), dtype=torch.int32).view(-1, 3).to(self.tensors[0].device, non_blocking=True)
-        for targets in self.targets:
-            copy_blocks_launch(targets, moves).run()
+        with torch.cuda.device_of(moves):  # Triton launches on the current device
+            for targets in self.targets:
+                copy_blocks_launch(targets, moves).run()
 
 # %% ../../nbs/11e_triton_backend.ipynb #bb4fe83c
 def attention_launches(
@@ -178,12 +179,13 @@ class TritonBackend:
         out = query.new_zeros(*query.shape[:2], value.shape[2])
         if not metadata.num_seqs:
             return out
-        plan = plan_for(query, kv_cache, metadata, sliding_window)
-        write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
         layer, options = (query, key_cache, value_cache, out, metadata.block_tables), (scale, sliding_window, softcap, sinks, key_scales, value_scales)
-        scratch = self.scratch.take(plan.num_partials, query.shape[1], value.shape[2], query.device)
-        for launch in attention_launches(plan, layer, metadata.query_start_loc, scratch, *options):
-            launch.run()
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            plan = plan_for(query, kv_cache, metadata, sliding_window)
+            write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
+            scratch = self.scratch.take(plan.num_partials, query.shape[1], value.shape[2], query.device)
+            for launch in attention_launches(plan, layer, metadata.query_start_loc, scratch, *options):
+                launch.run()
         return out
 
 
