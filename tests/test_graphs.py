@@ -3,6 +3,7 @@
 import random
 from array import array
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,3 +343,32 @@ def test_cuda_graphs_warm_up_aside_and_share_a_pool(monkeypatch):
     once = [*before, "begin main", "begin pool side thread_local", "step", "end pool side thread_local", "end main", "replay"]
     record(lambda: log.append("step"))()
     assert log == once * 2, "one stream for all recordings: each brings a workspace of cuBLAS along, which stays"
+
+
+def test_a_capture_that_fails_says_what_broke_it_and_is_over(monkeypatch):
+    ended = []
+
+    @contextmanager
+    def capture(*args, **kwargs):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits():
+        if record.is_capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    idle = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device: idle, "current_stream": lambda device: idle, "CUDAGraph": lambda: None,
+        "synchronize": lambda device: setattr(record, "is_capturing", True), "stream": lambda stream: nullcontext(), "graph": capture,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args))
+    record = CudaGraphs(torch.device("cuda", 1))
+    record.is_capturing = False
+    with pytest.raises(RuntimeError, match="not permitted"):
+        record(waits)
+    assert ended == [(1, "pool")]

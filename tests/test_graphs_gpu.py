@@ -73,6 +73,30 @@ def test_recordings_outlive_a_larger_scratch(runner):
     assert torch.equal(runner.shortcut(batch), before)
 
 
+def test_recordings_outlive_those_of_others(runner):
+    """A graph that is dropped frees the cuBLAS workspaces of the stream that it was captured on."""
+    batch = random_steps(1)[0]
+    before = runner.shortcut(batch).clone()
+    other = ModelRunner(llama(torch.bfloat16), block_size=4, num_blocks=64, attention_backend="triton")
+    recorded_steps(other, 16, CudaGraphs(other.device))
+    torch.cuda.empty_cache()
+    torch.full((1 << 28,), 7.0, device="cuda")
+    assert torch.equal(runner.shortcut(batch), before)
+    torch.cuda.synchronize()
+
+
+def test_a_step_that_waits_is_not_recorded_and_nothing_is_left_of_the_try(runner):
+    record, number = CudaGraphs(runner.device), torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="captur"):
+        record(lambda: number.item())
+    main = torch.cuda.current_stream()
+    assert main == torch.cuda.default_stream() and number.item() == 1
+    replay = record(lambda: number.add_(1))
+    replay()
+    assert number.item() == 4, "two warm-ups and a replay"
+    torch.cuda.empty_cache()
+
+
 def test_the_graphs_share_their_memory():
     model = llama(torch.bfloat16)
     runner = ModelRunner(model, block_size=4, num_blocks=64, attention_backend="triton")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -142,8 +143,13 @@ class CudaGraphs:
             step()
         main.wait_stream(self.stream)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(main), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            step()
+        try:
+            with torch.cuda.stream(main), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            with suppress(RuntimeError):  # torch 2.11 would go on allocating for a capture that is over
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+            raise error.__context__ or error from None  # what broke the capture, and not that it is broken
         replay: Step = graph.replay
         return replay
 
