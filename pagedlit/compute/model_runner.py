@@ -520,7 +520,7 @@ def measured_scales(runner: PagedModel) -> list[Tensor]:  # of each layer [2, Hk
     paged_logits(runner, runner.calls, probes, kv_cache)
     return [head_scales(*split_kv(layer)) for layer in kv_cache.layers]
 
-# %% ../../nbs/13_model_runner.ipynb #abeb12dc
+# %% ../../nbs/13_model_runner.ipynb #82df6070
 MAX_COPIED_WEIGHTS = 1 << 26  # parameters of a model that is copied to be checked in float32
 
 
@@ -557,7 +557,7 @@ def checked_layers(runner: PagedModel, max_model_len: int | None) -> list[LayerC
         raise UnsupportedModel(f"{name} does not run over a ragged batch: {type(error).__name__}: {error}") from error
     return calls
 
-# %% ../../nbs/13_model_runner.ipynb #d849259f
+# %% ../../nbs/13_model_runner.ipynb #21a03224
 TRIAL_LENS = (1000, 130, 40)  # tokens of the three sequences by which a backend is compared with another
 TRIAL_ENDS = (600, None, None)  # a prefill, a chunk, a decode step
 
