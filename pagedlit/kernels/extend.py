@@ -169,7 +169,8 @@ def default_extend_config(query: Tensor, key_cache: Tensor, dim: int, native_e4m
 
 
 def max_extend_items(num_rows: int, num_seqs: int, group: int, config: ExtendConfig) -> int:
-    """Room that a plan needs: each sequence has at most one tile that is not full."""
+    """Room that a plan needs: each sequence has at most one tile that is not full. Raises `ValueError` where a group does not fit into a tile."""
+    require(config.tokens(group) > 0, f"{group} query heads share a KV head: a tile has {config.rows} rows")
     return num_rows // config.tokens(group) + num_seqs
 
 # %% ../../nbs/11c_extend_kernel.ipynb #46a5e985
@@ -250,7 +251,6 @@ def paged_extend(
     check_tables(block_tables, seq_lens, key_cache.shape[0], key_cache.shape[2])
     check_rows(query, query_start_loc, seq_lens)
     config, group = config or extend_config(query, key_cache, value_cache), query.shape[1] // key_cache.shape[1]
-    require(config.tokens(group) > 0, f"{group} query heads share a KV head: a tile has {config.rows} rows")
     out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     items = torch.empty(max_extend_items(len(query), len(seq_lens), group, config), 8, dtype=torch.int32, device=query.device)
     if len(items) and len(seq_lens):

@@ -89,6 +89,8 @@ def test_refuses_what_the_kernels_do_not_cover():
     step = make_step([(3, 1)], dims=(300, 300))
     with pytest.raises(ValueError, match="rows of 300 elements"):
         step.run("triton")
+    with pytest.raises(ValueError, match="64 query heads share a KV head: a tile has 32 rows"):
+        make_step([(0, 5)], heads=(64, 1)).run("triton")
 
 
 def test_op_passes_opcheck_and_compiles_into_one_graph():
