@@ -487,6 +487,9 @@ def test_tuning_keeps_what_gains_enough(tmp_path, monkeypatch):
         monkeypatch.setattr(f"pagedlit.kernels.{module}.tuned", lambda *situation: {"num_stages": 2})
     before = path.read_text()
     assert tuning.tune(CPU, told.append, 60) == path and path.read_text() == before
+    monkeypatch.setattr(tuning, "times", lambda bench, kind, points, config: [1.0] * len(points))
+    monkeypatch.setattr(cache_write, "tuned_table", lambda name: json.loads(path.read_text()))
+    assert tuning.tune(CPU, told.append, 60) == path and json.loads(path.read_text()) == {} and tuning.tune(CPU, told.append, 60) is None
 
 
 def test_what_cannot_run_takes_forever():

@@ -139,7 +139,7 @@ def write_table(name: str, found: Mapping[str, dict[str, Any]], folder: Path | N
 
 
 def tune(device: torch.device, progress: Callable[[str], None] = lambda line: None, seconds: float = 450) -> Path | None:
-    """Measure all situations on this device, as far as time allows; returns the table's path, None where the defaults are the best."""
+    """Measure all situations on this device, as far as time allows; returns the table's path, None where there was none and none is wanted."""
     bench, deadline, found = make_bench(device, QUICK), Deadline(seconds), {}
     for number, (what, points) in enumerate(SITUATIONS.items()):
         layer, kind, own = points[0][0], what.split()[0], Deadline(deadline.left / (len(SITUATIONS) - number))
@@ -157,4 +157,5 @@ def tune(device: torch.device, progress: Callable[[str], None] = lambda line: No
         name = situation(kind, *tensors, layer.head_dim)
         progress(f"{name}: {fields or 'the default'}, {gain:.2f} times as fast as the default")
         found[name] = fields
-    return write_table(device_name(device), found) if any(found.values()) else None
+    has_table = bool(cache_write.tuned_table(device_name(device)))
+    return write_table(device_name(device), found) if has_table or any(found.values()) else None
