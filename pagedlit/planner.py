@@ -331,7 +331,7 @@ def fit_rows(plan: Plan) -> Iterator[Row]:
     for count in dict.fromkeys((1, plan.concurrency)):
         yield Row(f"longest of {count}", f"{longest_context(plan, count):,} tokens", f"{plan.num_blocks:,} blocks / {count} x {plan.block_size}{limit}")
     taken = f"{plan.concurrency} requests of {plan.context:,} take {in_units(wanted_bytes(plan))}"
-    yield Row("largest model", f"{largest_model(plan) / 1e9:.1f} billion", f"parameters in {plan.needs.dtype}, while {taken}; of those known: {', '.join(known_models(plan)) or 'none'}")
+    yield Row("largest model", f"{largest_model(plan) / 1e9:,.1f} billion", f"parameters in {plan.needs.dtype}, while {taken}; of those known, in 16 bits: {', '.join(known_models(plan)) or 'none'}")
 
 
 def all_rows(plan: Plan) -> list[Row]:
