@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ELEMENT_BYTES', 'LayerNeed', 'Witness', 'ask_layers', 'build_on_meta', 'UnknownArchitecture', 'BadConfig',
            'read_config', 'read_json', 'hub_config', 'needs_by_formula', 'Weights', 'count_weights', 'ModelNeeds',
-           'name_of_dtype', 'ask_model', 'layers_and_notes']
+           'name_of_dtype', 'ask_model', 'layers_and_notes', 'check_layers']
 
 # %% ../../nbs/16_model_needs.ipynb #a2b903b0
 class LayerNeed(NamedTuple):
@@ -242,6 +242,7 @@ def ask_model(
     saved = getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32"
     built = build_on_meta(config)
     layers, notes = layers_and_notes(built)
+    check_layers(layers)
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         notes.append(f"the checkpoint is quantised ({method or 'in some way'}); its weights are counted as if they were not")
@@ -268,3 +269,12 @@ def layers_and_notes(model: PreTrainedModel) -> tuple[list[LayerNeed], list[str]
     source = "" if layers else "; the layers are those of its config"
     layers = layers or needs_by_formula(model.config.get_text_config(decoder=True))
     return layers, [f"this engine refuses the model: {why}{source}"] if why else []
+
+# %% ../../nbs/16_model_needs.ipynb #a8c5f1e6
+def check_layers(layers: list[LayerNeed]) -> None:
+    """Raises `BadConfig` where no layer attends, or query heads cannot share the KV heads evenly."""
+    if not layers:
+        raise BadConfig("a model of this config has no attention layers, so there is no cache to plan")
+    for layer in layers:
+        if layer.num_kv_heads < 1 or layer.num_heads % layer.num_kv_heads:
+            raise BadConfig(f"{layer.num_heads} query heads cannot share {layer.num_kv_heads} KV heads evenly")
