@@ -77,6 +77,8 @@ def simulate_command(
             enable_prefix_caching=prefix_caching, block_size=block_size, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(2048, max_num_seqs), max_model_len=max_model_len, progress=sys.stderr.isatty(),
         )  # fmt: skip
+        if trace is not None and not report.num_requests + report.num_rejected:
+            raise ValueError(f"'{trace}' has no requests")
         if plot is not None:
             draw_report(report, f"{model} on {num_gpus} x {gpu}").save(plot)
     except (ValueError, KeyError, OSError) as error:

@@ -87,3 +87,10 @@ def test_it_loads_no_torch():
     code += "except SystemExit as end:\n    assert not end.code\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and "| requests served / refused | 5 / 0 |" in done.stdout, done.stderr
+
+
+def test_a_trace_without_requests_is_refused_and_names_come_in_any_case(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    result = invoke(str(tmp_path / "empty.jsonl"))
+    assert result.exit_code == 2 and "has no requests" in result.output
+    assert facts("--num-requests", "5", "--gpu", "h100") == facts("--num-requests", "5", "--gpu", "H100")

@@ -464,3 +464,33 @@ def test_a_report_is_data():
     assert first == second and isinstance(first, Report)
     first.ttft[0] = math.nextafter(first.ttft[0], 1)
     assert first != second
+
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.0,3,4\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("a.csv", "time,prompt,answer\n2023-11-16 18:15:46.0,3,4\n", "request 1: there is no 'TIMESTAMP'"),
+        ("b.csv", AZURE + "yesterday,3,4\n", "request 2: Invalid isoformat"),
+        ("c.csv", AZURE + "2023-11-16 18:15:47.0,7\n", "request 2: int"),
+        ("d.csv", AZURE + "2023-11-16 18:15:47.0,0,4\n", "request 2: a prompt has 0 times"),
+        ("e.jsonl", "[1, 2]\n", "request 1: list indices"),
+        ("f.jsonl", '{"timestamp": 0, "input_length": 10\n', "request 1: Expecting"),
+        ("g.jsonl", '{"timestamp": 0, "input_length": 1300, "output_length": 5, "hash_ids": [0, 1]}\n', "request 1: 2 hash_ids for 1300 tokens"),
+        ("h.jsonl", '\n{"timestamp": 0, "input_length": 10, "output_length": 5, "hash_ids": [5000000000]}\n', "of an id from 0 to"),
+        ("i.jsonl", '{"timestamp": NaN, "input_length": 10, "output_length": 5, "hash_ids": [1]}\n', "not a time"),
+    ],
+)
+def test_a_broken_trace_is_refused_with_the_place(tmp_path, name, text, why):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as caught:
+        simulate(tmp_path / name)
+    assert why in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [Request(math.nan, (Span(1, 3),), 4), Request(0.0, (), 4), Request(0.0, (Span(1, -3),), 4), Request(math.inf, (Span(1, 3),), 4)])
+def test_requests_that_are_none_are_refused(bad):
+    with pytest.raises(ValueError):
+        simulate([Request(0.0, (Span(0, 3),), 4), bad])

@@ -142,7 +142,9 @@ class CostModel:
         return max(self.memory_seconds(load), self.compute_seconds(load)) + self.overhead
 
     def num_blocks(self, block_size: int, memory_utilization: float = 0.9) -> int:
-        """Blocks that fit beside the weights. Raises `ValueError` if none does."""
+        """Blocks that fit beside the weights. Raises `ValueError` if none does, or if a block has no tokens."""
+        if block_size < 1:
+            raise ValueError(f"a block has at least one token, got block_size={block_size}")
         num_bytes = self.device.memory_gib * 2**30 * self.num_gpus * memory_utilization - self.model.weight_bytes
         num_blocks = int(num_bytes // (block_size * self.model.kv_bytes_per_token))
         if num_blocks < 1:
@@ -155,7 +157,8 @@ def get_cost_model(
     model: str,  # a name in `MODELS`
     num_gpus: int = 1,
 ) -> CostModel:
-    """A model on a device, by name. Raises `ValueError`."""
+    """A model on a device, by name, in any case. Raises `ValueError`."""
+    device, model = ({each.casefold(): each for each in known}.get(name.casefold(), name) for name, known in ((device, DEVICES), (model, MODELS)))
     if device not in DEVICES:
         raise ValueError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}, or make a `Device`")
     if model not in MODELS:

@@ -34,7 +34,7 @@ from .engine import clone
 from .policy import FirstComeFirstServed, get_policy
 from .scheduler import Priority, RunnerOutput, Scheduler, SchedulingPolicy, chunk_limit
 from .sequence import RequestTooLong, SamplingParams, Sequence, SequenceStatus
-from .workload import Request, load_trace, prompt_token_ids
+from .workload import Request, checked, load_trace, prompt_token_ids
 
 # %% auto #0
 __all__ = ['NOBODY', 'ANSWERS', 'Usage', 'Average', 'Timeline', 'no_times', 'Report', 'percentile', 'latencies', 'percent',
@@ -208,10 +208,10 @@ ANSWERS = 1 << 30  # tokens from here on are for answers; prompts use those belo
 
 
 class Arrivals:
-    """A trace, one request ahead."""
+    """A trace, one request ahead. Raises `ValueError` for a request that is none (`workload.checked`)."""
 
     def __init__(self, trace: Iterable[Request]) -> None:
-        self._trace, self._num_sequences = iter(trace), 0
+        self._trace, self._num_sequences = map(checked, trace), 0
         self.request = next(self._trace, None)  # the next one
 
     @property
@@ -595,14 +595,14 @@ def simulate(
     num_blocks: int | None = None,  # in the pool; by default as many as fit beside the weights
     block_size: int = 16,  # tokens a block
     policy: str | SchedulingPolicy = "priority",  # who goes first: fcfs, priority or lpm, or one of your own
-    eviction_policy: str | EvictionPolicy = "lru",  # which idle block goes first; a new one
+    eviction_policy: str | EvictionPolicy = "lru",  # which idle block goes first; a new one (`LLM` has reuse-bonus)
     enable_prefix_caching: bool = True,
     memory: Callable[[Iterable[Request], Setting], Simulation] = paged,  # or `Reserve("max")` and its like, of the next notebook
     jump: bool = True,  # let sequences sleep while nothing happens to them; the report is the same
     progress: bool | Callable[[int, float], object] = False,  # a bar; or a function: requests served or refused, seconds simulated
     **limits: Any,  # for the `Scheduler`: max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk
 ) -> Report:
-    """Serve a trace. Raises `ValueError` for a trace that is out of order, or limits that make no sense."""
+    """Serve a trace. Raises `ValueError` for a trace that is out of order or broken, or limits that make no sense."""
     cost_model = cost_model or get_cost_model("A100-40G", "OPT-13B")
     setting = Setting(
         cost_model, cost_model.num_blocks(block_size) if num_blocks is None else num_blocks, block_size,

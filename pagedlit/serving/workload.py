@@ -4,7 +4,8 @@
 """Requests over time: read from public traces, or made up by a seed.
 
 Contract: a workload is an iterable of `Request`s in the order of arrival. Loaders and generators are lazy: they hold one request at a time
-(`conversations`: one for each conversation that is going on), however long the trace. The same seed gives the same requests.
+(`conversations`: one for each conversation that is going on), however long the trace. The same seed gives the same requests. A file that
+is no trace raises `ValueError`, with the number of the request.
 
 Invariant: two prompts have the same tokens exactly as far as their spans say so; a prompt whose first span is its own shares nothing.
 """
@@ -17,6 +18,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from datetime import datetime
 from heapq import heappop, heappush
 from itertools import chain, count
@@ -25,8 +27,9 @@ from random import Random
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['PROFILES', 'Span', 'Request', 'prompt_token_ids', 'load_azure', 'load_mooncake', 'Lengths', 'Profile', 'poisson',
-           'profile_of', 'synthetic', 'resample', 'Talk', 'next_turn', 'conversations', 'load_trace']
+__all__ = ['PROFILES', 'Span', 'Request', 'prompt_token_ids', 'checked', 'place_in', 'load_azure', 'load_mooncake', 'Lengths',
+           'Profile', 'poisson', 'profile_of', 'synthetic', 'resample', 'Talk', 'next_turn', 'conversations',
+           'load_trace']
 
 # %% ../../nbs/08_workloads.ipynb #02ba7847
 class Span(NamedTuple):
@@ -58,26 +61,54 @@ def prompt_token_ids(prompt: Iterable[Span]) -> array[int]:
         token_ids.extend(array("i", (token_id,)) * num_tokens)
     return token_ids
 
+# %% ../../nbs/08_workloads.ipynb #d5f2c8b3
+def checked(request: Request) -> Request:
+    """The same request. Raises `ValueError` for a time that is no number, an empty prompt, or tokens that cannot be."""
+    if not math.isfinite(request.arrival_time):
+        raise ValueError(f"a request arrives at {request.arrival_time} s: not a time")
+    if not request.prompt:
+        raise ValueError("a prompt has no tokens")
+    for token_id, num_tokens in request.prompt:
+        if num_tokens < 1 or not isinstance(token_id, int) or not 0 <= token_id < 2**30:
+            raise ValueError(f"a prompt has {num_tokens} times token {token_id}: at least 1 is needed, of an id from 0 to 2**30 - 1")
+    return request
+
+
+@contextmanager
+def place_in(path: str | PathLike[str], number: int) -> Iterator[None]:
+    """Whatever is wrong with a request of a file, as a `ValueError` that says which one it is."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        why = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{os.fspath(path)!r}, request {number}: {why}") from error
+
 # %% ../../nbs/08_workloads.ipynb #119cc83d
 def load_azure(path: str | PathLike[str]) -> Iterator[Request]:
-    """The Azure LLM inference trace 2023 (csv: TIMESTAMP, ContextTokens, GeneratedTokens). No prompt shares anything."""
+    """The Azure LLM inference trace 2023 (csv: TIMESTAMP, ContextTokens, GeneratedTokens). No prompt shares anything. Raises `ValueError`."""
     with open(path, newline="", encoding="utf-8") as lines:
         start = None
         for token_id, row in enumerate(csv.DictReader(lines)):
-            time = datetime.fromisoformat(row["TIMESTAMP"][:26])  # its seventh decimal is more than Python reads
-            start = start or time
-            prompt = (Span(token_id, int(row["ContextTokens"])),)
-            yield Request((time - start).total_seconds(), prompt, max(1, int(row["GeneratedTokens"])))
+            with place_in(path, token_id + 1):
+                time = datetime.fromisoformat(row["TIMESTAMP"][:26])  # its seventh decimal is more than Python reads
+                start = start or time
+                prompt = (Span(token_id, int(row["ContextTokens"])),)
+                request = checked(Request((time - start).total_seconds(), prompt, max(1, int(row["GeneratedTokens"]))))
+            yield request
 
 # %% ../../nbs/08_workloads.ipynb #9391675c
 def load_mooncake(path: str | PathLike[str], hash_size: int = 512) -> Iterator[Request]:
-    """A Mooncake trace (jsonl: timestamp in ms, input_length, output_length, hash_ids): a span for each hashed block."""
+    """A Mooncake trace (jsonl: timestamp in ms, input_length, output_length, hash_ids): a span for each hashed block. Raises `ValueError`."""
     with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            sizes = [min(hash_size, row["input_length"] - start) for start in range(0, row["input_length"], hash_size)]
-            prompt = tuple(Span(hash_id, size) for hash_id, size in zip(row["hash_ids"], sizes, strict=True))
-            yield Request(row["timestamp"] / 1000, prompt, max(1, row["output_length"]))
+        for number, line in enumerate(filter(str.strip, lines), 1):
+            with place_in(path, number):
+                row = json.loads(line)
+                sizes = [min(hash_size, row["input_length"] - start) for start in range(0, row["input_length"], hash_size)]
+                if len(sizes) != len(row["hash_ids"]):
+                    raise ValueError(f"{len(row['hash_ids'])} hash_ids for {row['input_length']} tokens; one for every {hash_size} is needed")
+                prompt = tuple(Span(hash_id, size) for hash_id, size in zip(row["hash_ids"], sizes))
+                request = checked(Request(row["timestamp"] / 1000, prompt, max(1, row["output_length"])))
+            yield request
 
 # %% ../../nbs/08_workloads.ipynb #369d0d74
 class Lengths(NamedTuple):
