@@ -177,12 +177,29 @@ def test_a_tape_follows_memory_and_nothing_else():
     assert out.tolist() == [10, 10, 10], "what is changed in place begins afresh"
 
 
-@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: x.reshape(1).nonzero(), lambda x: torch.equal(x, x)])
+def put_where(x):
+    x[x > 0] = torch.ones(3)
+
+
+READS = [torch.equal, lambda x, y: x[0].item(), lambda x, y: bool(x[0] > 0), lambda x, y: x.nonzero(), lambda x, y: x[y > 0], lambda x, y: put_where(x)]
+
+
+@pytest.mark.parametrize("read", READS)
 def test_a_tape_refuses_numbers_for_the_host(read):
     for mode in (nullcontext(), torch.inference_mode()):
-        x = torch.tensor(2.0)
+        x = torch.arange(1.0, 4)
         with mode, pytest.raises(RuntimeError, match="recording cannot hold"), Tape():
-            read(x)
+            read(x, x)
+
+
+def test_a_tape_takes_masks_that_pick_no_rows():
+    x, places = torch.arange(4.0), torch.tensor([2, 0])
+    with Tape() as tape:
+        x[x > 2] = 0.0
+        out = torch.where(x > 1, x, 7.0)[places]
+    x.copy_(torch.tensor([5.0, 1.0, 2.0, 9.0]))
+    tape.replay()
+    assert out.tolist() == [2.0, 7.0] and x.tolist() == [0.0, 1.0, 2.0, 0.0]
 
 
 def test_a_tape_looks_into_the_attention_op():

@@ -33,8 +33,9 @@ from ..serving.scheduler import ForwardBatch
 # mypy: disable-error-code="no-untyped-call"
 
 # %% auto #0
-__all__ = ['Step', 'Record', 'Forward', 'WAITING', 'eagerly', 'Tape', 'on_tape', 'decode_in_fixed_shape', 'write_in_fixed_shape',
-           'CudaGraphs', 'StaticDecoder', 'record_all', 'outside_inference', 'wanted_rows', 'forward_of']
+__all__ = ['Step', 'Record', 'Forward', 'WAITING', 'eagerly', 'is_waiting', 'Tape', 'on_tape', 'decode_in_fixed_shape',
+           'write_in_fixed_shape', 'CudaGraphs', 'StaticDecoder', 'record_all', 'outside_inference', 'wanted_rows',
+           'forward_of']
 
 # %% ../../nbs/13b_graphs.ipynb #3176b32d
 Step = Callable[[], None]  # reads and writes memory that stays where it is
@@ -48,7 +49,14 @@ def eagerly(step: Step) -> Step:
     return step
 
 # %% ../../nbs/13b_graphs.ipynb #03912fe8
-WAITING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal")  # operations that end with a number on the host
+WAITING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "equal")  # operations that end with a number on the host
+
+
+def is_waiting(func: Any, args: Any) -> bool:
+    """Whether the host has to know a number that is on the device: to return it, or for the shape of a result, as where a mask picks rows."""
+    name = func.overloadpacket.__name__
+    masks = args[1] if name == "index" or name == "index_put_" and args[2].numel() != 1 else ()
+    return name in WAITING or any(mask is not None and mask.dtype == torch.bool for mask in masks)
 
 
 class Tape(TorchDispatchMode):
@@ -60,7 +68,7 @@ class Tape(TorchDispatchMode):
         return []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in WAITING:
+        if is_waiting(func, args):
             raise RuntimeError("the host reads a number that is on the device: a recording cannot hold that")
         if func is torch.ops.pagedlit.paged_attention.default:  # written in Python: look inside
             query, key, value, kv_cache, *formula = args
