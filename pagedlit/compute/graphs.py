@@ -48,7 +48,7 @@ def eagerly(step: Step) -> Step:
     step()
     return step
 
-# %% ../../nbs/13b_graphs.ipynb #03912fe8
+# %% ../../nbs/13b_graphs.ipynb #5d1c0a7e
 WAITING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "equal")  # operations that end with a number on the host
 
 
@@ -58,7 +58,7 @@ def is_waiting(func: Any, args: Any) -> bool:
     masks = args[1] if name == "index" or name == "index_put_" and args[2].numel() != 1 else ()
     return name in WAITING or any(mask is not None and mask.dtype == torch.bool for mask in masks)
 
-
+# %% ../../nbs/13b_graphs.ipynb #03912fe8
 class Tape(TorchDispatchMode):
     """Writes down all operations inside a `with`, and repeats them over the same memory: what a CUDA graph does, on a CPU."""
 

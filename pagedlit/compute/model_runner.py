@@ -28,7 +28,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -183,7 +182,7 @@ class OnHost(TorchFunctionMode):
     """Computes with copies of tensors in the host's memory, where an index out of range is an error. On a GPU it ends all work of the process."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.cpu(), (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -439,14 +438,10 @@ def probe_tokens(vocab_size: int, num_tokens: int) -> array[int]:
 
 
 def small_cache(
-    runner: PagedModel,
-    calls: list[LayerCall],
-    probes: list[array[int]],
-    block_size: int = 2,
-    dtype: torch.dtype | None = None,  # None = the model's
-    scales: list[Tensor] | None = None,  # of an eight-bit cache
-) -> KVCache:
-    """A small cache with room for the sequences."""
+    runner: PagedModel, calls: list[LayerCall], probes: list[array[int]], block_size: int = 2,
+    dtype: torch.dtype | None = None, scales: list[Tensor] | None = None,
+) -> KVCache:  # fmt: skip
+    """A small cache with room for the sequences, in the model's dtype or a given one."""
     num_blocks, specs = sum(-(-len(ids) // block_size) for ids in probes), [call.spec for call in calls]
     return KVCache(specs, num_blocks, block_size, dtype or runner.model.dtype, runner.device, scales=scales)
 

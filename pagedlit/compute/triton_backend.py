@@ -174,15 +174,14 @@ class TritonBackend:
         key_scales: Tensor | None = None, value_scales: Tensor | None = None,  # [Hkv] float32, of an eight-bit cache
     ) -> Tensor:  # [T, Hq, Dv]  # fmt: skip
         """The same as `paged_attention_reference`. Raises `ValueError` for layers that the kernels do not cover."""
-        key_cache, value_cache = split_kv(kv_cache)
         query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
         out = query.new_zeros(*query.shape[:2], value.shape[2])
         if not metadata.num_seqs:
             return out
-        layer, options = (query, key_cache, value_cache, out, metadata.block_tables), (scale, sliding_window, softcap, sinks, key_scales, value_scales)
+        layer, options = (query, *split_kv(kv_cache), out, metadata.block_tables), (scale, sliding_window, softcap, sinks, key_scales, value_scales)
         with torch.cuda.device_of(query):  # Triton launches on the current device
             plan = plan_for(query, kv_cache, metadata, sliding_window)
-            write_kv_launch(key_cache, value_cache, key, value, metadata.slot_mapping, key_scales, value_scales).run()
+            write_kv_launch(*layer[1:3], key, value, metadata.slot_mapping, key_scales, value_scales).run()
             scratch = self.scratch.take(plan.num_partials, query.shape[1], value.shape[2], query.device)
             for launch in attention_launches(plan, layer, metadata.query_start_loc, scratch, *options):
                 launch.run()
