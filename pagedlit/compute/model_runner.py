@@ -8,9 +8,8 @@ one row, each at its own position) and samples. What each layer needs of the cac
 run, not read from the config. A model that would run wrong is refused at load with `UnsupportedModel`, which names the cause. A row of
 logits without a finite maximum is an error of its own sequence.
 
-Invariants: logits are computed for sampled and rated tokens only, a recorded step's padding aside; between steps the model is as its
-owner left it, with its own attention and nothing of the pool attached, so that it may serve several runners and its own `generate`,
-one at a time.
+Invariants: logits are computed for sampled and rated tokens only (and a recorded step's padding); between steps the model is as its owner
+left it, with its own attention and nothing of the pool attached: it may serve several runners and its own `generate`, one at a time.
 """
 from __future__ import annotations
 
