@@ -2,7 +2,7 @@
 """Build the Kernel Hub project of `kernels/` as Hugging Face's kernel-builder does for kernels without compiled parts.
 
     python .ci/hub.py                # writes kernels/build/torch-cpu and kernels/build/torch-cuda
-    python .ci/hub.py /tmp/project   # writes them into another folder's build/
+    python .ci/hub.py ../project     # writes them into another folder's build/
 
 What is built loads with `kernels.get_local_kernel(Path("kernels"))`. A variant is the Python package itself, with a `metadata.json` beside it.
 """

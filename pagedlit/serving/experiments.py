@@ -60,7 +60,7 @@ def saved_by_sharing(requests: Iterable[Request], cost_model: CostModel, **optio
     simulate(requests, cost_model, memory=counting, **options)
     return 1 - found[0].num_held / found[0].num_named if found[0].num_named else 0.0
 
-# %% ../../nbs/08_figures.ipynb #5b618d16
+# %% ../../nbs/08_figures.ipynb #22ac475b
 class WholeBlocks(PrefixCache):
     """A prefix cache that hits whole blocks only."""
 
