@@ -12,6 +12,7 @@ import toy_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine_properties import EngineMachine, params, prompts
+from test_mutations import make
 from toy_world import FlakyDevice, check_whole, fail_once, greedy, make_ahead_engine, make_engine, random_life
 
 from pagedlit.serving import ahead
@@ -235,8 +236,8 @@ def test_pool_that_is_full_waits_and_preempts() -> None:
 
 def test_sampled_answers_of_a_request_split_off_while_the_first_is_ahead() -> None:
     texts = []
-    for make in (make_engine, make_ahead_engine):
-        engine = make(24, 4, 26)
+    for build in (make_engine, make_ahead_engine):
+        engine = build(24, 4, 26)
         engine.add_request(A, SamplingParams(n=4, max_tokens=6, seed=3))
         texts.append(serve(engine))
     assert texts[0] == texts[1] and len(texts[0]) == 4 and len(set(map(tuple, texts[0].values()))) == 4
@@ -545,12 +546,6 @@ def stale_tokens(compute: Callable) -> Callable:
     return careless
 
 
-def make(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a mistake in place."""
-    where, name, change = MISTAKES[mistake]
-    monkeypatch.setattr(where, name, change(getattr(where, name)))
-
-
 def test_there_are_as_many_as_the_chapter_says() -> None:
     assert len(MISTAKES) == 14
 
@@ -561,7 +556,7 @@ def test_without_a_mistake_all_is_well() -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(mistake, monkeypatch)
+    make(mistake, monkeypatch, MISTAKES)
     with pytest.raises((AssertionError, IndexError, KeyError, ValueError, StopIteration, RuntimeError, toy_world.BadBatch)):
         live()
 
@@ -576,7 +571,7 @@ GARBLES = [  # the text alone gives them away
 def test_text_alone_gives_it_away(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "check_invariants", lambda self: None)
     monkeypatch.setattr(toy_world, "check_batch", lambda batch, num_blocks: None)
-    make(mistake, monkeypatch)
+    make(mistake, monkeypatch, MISTAKES)
     with pytest.raises(AssertionError, match=r"sequence \d+: .* is not"):
         live()
 

@@ -374,6 +374,14 @@ def name_of(fault: Fault) -> str:
     return f"{fault.kind}, {fault.phase}, {'always' if fault.forever else 'once'}"
 
 
+def assert_ends_alone(output, fault):
+    """What a fault does to the request that it strikes: nothing, if it raises but once; otherwise an error of its own."""
+    if fault.kind == "raise" and not fault.forever:
+        assert_right([output])
+    else:
+        assert_struck(output, RequestFailed if fault.kind == "raise" else BadLogits, "a bad kernel" if fault.kind == "raise" else "no finite maximum")
+
+
 @pytest.mark.parametrize("how, n, caching", [("generate", 1, True), ("stream", 2, True), ("step", 2, False)])
 @pytest.mark.parametrize("fault", FAULTS, ids=name_of)
 def test_the_model_fails_on_one_request(monkeypatch, fault, n, caching, how):
@@ -384,10 +392,7 @@ def test_the_model_fails_on_one_request(monkeypatch, fault, n, caching, how):
     outputs = everything(llm, pairs, how)
     failure = outputs.pop(1)
     assert_right(outputs)
-    if fault.kind == "raise" and not fault.forever:
-        assert_right([failure])
-    else:
-        assert_struck(failure, RequestFailed if fault.kind == "raise" else BadLogits, "a bad kernel" if fault.kind == "raise" else "no finite maximum")
+    assert_ends_alone(failure, fault)
     monkeypatch.undo()
     [again] = llm.generate([POISON], greedy(n=n), use_tqdm=False)
     assert_right([again])

@@ -163,9 +163,9 @@ GARBLES = [  # wrong slots, missing copies, stale reads: the text alone gives th
 ]
 
 
-def make(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def make(mistake: str, monkeypatch: pytest.MonkeyPatch, mistakes: dict = MISTAKES) -> None:
     """Put a mistake in place."""
-    where, name, change = MISTAKES[mistake]
+    where, name, change = mistakes[mistake]
     monkeypatch.setattr(where, name, change(getattr(where, name)))
 
 
